@@ -1,0 +1,1 @@
+"""A volunteer's node: it hosts a span of a model's blocks and serves it to the swarm."""

@@ -1,0 +1,1 @@
+"""Shoal: the protocol, and everything that a client needs."""
