@@ -68,6 +68,8 @@ class Offer:
 
     peer: PeerId
     model: ModelId
+    name: str  # what people call the model: a hint for the eye, `model` is what counts
+    num_blocks: int  # of the whole model
     span: Span
     addresses: tuple[Address, ...]
     state: State

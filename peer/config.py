@@ -1,0 +1,98 @@
+"""What a peer can be told, from weakest to strongest: a TOML file, environment variables, the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from swarm.errors import UsageError
+from swarm.hub import DEFAULT_MODEL
+from swarm.types import Address, Span
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(extra="forbid", env_prefix="SHOAL_", frozen=True)
+
+    initial_peers: list[str] = []
+    listen: str = "127.0.0.1:0"
+    announce: str | None = None
+    identity: Path | None = None
+
+    @field_validator("listen", "announce")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_address(value)
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, environment, file: the first that names a value wins."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+class BootstrapSettings(_Settings):
+    """Of `peer bootstrap`."""
+
+
+class ServeSettings(_Settings):
+    """Of `peer serve`."""
+
+    model: str = DEFAULT_MODEL
+    blocks: str | None = None
+    num_blocks: Annotated[int, Field(ge=1)] | None = None
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 16384
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("blocks")
+    @classmethod
+    def _is_span(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_span(value)
+        return value
+
+
+def load(kind: type[_Settings], file: Path | None, given: dict[str, Any]) -> Any:
+    """Settings of `kind` from `file`, the environment (`SHOAL_...`) and what was `given` on the command line.
+
+    Raises `UsageError` naming the field that is wrong.
+    """
+    if file is not None and not file.is_file():
+        raise UsageError(f"there is no configuration file {file}")
+    layered = type(kind.__name__, (kind,), {"model_config": {**kind.model_config, "toml_file": file}})
+    try:
+        return layered(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise UsageError(problems.replace("Value error, ", "")) from None
+    except ValueError as error:  # TOML that is none, or an environment variable that is no list
+        raise UsageError(f"{file or 'environment'}: {error}") from None
+
+
+def parse_span(text: str) -> Span:
+    """ "4:12" as blocks 4 to 11. Raises `ValueError`."""
+    start, colon, end = text.partition(":")
+    if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+        raise ValueError(f"{text!r} is no range of blocks; write START:END, as in 0:10, with START < END")
+    return Span(int(start), int(end))
+
+
+def parse_address(text: str) -> Address:
+    """ "127.0.0.1:4000" or "[::1]:4000". Raises `ValueError`."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (host and colon and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"{text!r} is no address; write HOST:PORT, as in 0.0.0.0:4000 (port 0 for any)")
+    return Address(host, int(port))

@@ -1,0 +1,68 @@
+"""The one compute thread, and the only bridge between asyncio and torch."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Done = Callable[[Any, "BaseException | None"], None]
+
+
+class Executor:
+    """Runs work in one thread, in the order it was given, and tells the loop when it is done."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
+        self._thread.start()
+        self.busy = 0.0  # seconds of work done so far
+
+    def submit(self, work: Callable[[], Any], done: Done) -> None:
+        """Run `work()` in the compute thread, then `done(result, error)` in the loop."""
+        self._queue.put((work, done))
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work()` in the compute thread and wait for what it returns or raises."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def done(result: T, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self.submit(work, done)
+        return await future
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, done = item
+            started = time.perf_counter()
+            result: Any = None
+            failure: BaseException | None = None
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001 (whoever gave the work is told, whatever it is)
+                failure = error
+            self.busy += time.perf_counter() - started
+            try:
+                self._loop.call_soon_threadsafe(done, result, failure)
+            except RuntimeError:  # the loop was closed: nobody is left to tell
+                return
+            del item, work, done, result, failure  # or the last step's tensors live until the next
+
+    async def close(self) -> None:
+        """Let the work under way end, drop the rest, and wait for the thread; at most a second."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join, 1.0)

@@ -1,0 +1,223 @@
+"""A volunteer's node: puts the parts together and holds no logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import swarm
+from peer.cache import Leases
+from peer.config import BootstrapSettings, ServeSettings, parse_address, parse_span
+from peer.executor import Executor
+from peer.placement import choose_span
+from swarm.checkpoint import Checkpoint, Progress
+from swarm.discovery import Discovery
+from swarm.errors import ShoalError, UsageError
+from swarm.hub import resolve
+from swarm.identity import Identity
+from swarm.rpc import Rpc
+from swarm.transport import TcpTransport
+from swarm.types import Address, Offer, Span, State
+
+if TYPE_CHECKING:
+    from peer.server import Server
+    from peer.stage import Stage
+
+log = logging.getLogger(__name__)
+
+RENEW_SECONDS = 10.0  # between two looks at what the offer says
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a node can say of itself at a moment."""
+
+    span: Span
+    state: State
+    sessions: int
+    tokens: int  # positions run since the start
+    cache_used: int  # tokens
+    cache_tokens: int
+    peers: int
+
+
+def identity_of(settings: BootstrapSettings | ServeSettings) -> Identity:
+    """The identity in the file that the settings name, or in the default one. Raises `UsageError`."""
+    return Identity.load_or_create(settings.identity or default_identity_file())
+
+
+def default_identity_file() -> Path:
+    """Where a peer keeps its key if it is not told otherwise."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "shoal" / "identity.key"
+
+
+async def start_discovery(settings: BootstrapSettings | ServeSettings, identity: Identity, port: int) -> Discovery:
+    """Join the swarm, or begin one. The DHT listens at the same host as the data plane, at `port`."""
+    listen = parse_address(settings.listen)
+    announce = [_multiaddr(parse_address(settings.announce).host, port)] if settings.announce and port else []
+    return await Discovery.start(identity, settings.initial_peers, host=listen.host, port=port, announce=announce)
+
+
+def _multiaddr(host: str, port: int) -> str:
+    kind = "ip6" if ":" in host else "ip4" if host.replace(".", "").isdecimal() else "dns"
+    return f"/{kind}/{host}/tcp/{port}"
+
+
+class Node:
+    """One peer that serves a span."""
+
+    def __init__(self, settings: ServeSettings, identity: Identity, progress: Progress) -> None:
+        self.settings = settings
+        self.identity = identity
+        self._progress = progress
+        self.transport = TcpTransport(identity)
+        self.rpc = Rpc(self.transport)
+        self.discovery: Discovery | None = None
+        self.server: Server | None = None
+        self.leases = Leases(settings.cache_tokens)
+        self.executor = Executor()
+        self._offer: Offer | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen, join the swarm, load the span, say so. Raises what stands in the way, with what to do about it."""
+        listen = parse_address(self.settings.listen)
+        heavy = asyncio.ensure_future(self.executor.run(_import_heavy))  # seconds; the rest goes on meanwhile
+        try:
+            address = await self.transport.listen(listen, self.rpc.accept)
+            dht_port = listen.port + 1 if listen.port else 0
+            self.discovery = await start_discovery(self.settings, self.identity, dht_port)
+            folder = await asyncio.to_thread(resolve, self.settings.model, self._progress)
+            checkpoint = await asyncio.to_thread(Checkpoint, folder)
+            self._offer = await self._first_offer(checkpoint, address)
+            await self.discovery.publish(self._offer)
+        finally:
+            await asyncio.wait({heavy})
+        heavy.result()
+        await self._serve(folder, self._offer)
+
+    async def _first_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
+        assert self.discovery is not None
+        model = await asyncio.to_thread(lambda: checkpoint.model_id)
+        blocks = await asyncio.to_thread(_count_blocks, checkpoint)
+        span = await self._choose(model, blocks)
+        announce = parse_address(self.settings.announce) if self.settings.announce else listening
+        settings = self.settings
+        return Offer(
+            peer=self.identity.peer,
+            model=model,
+            name=Path(settings.model).name[:64],
+            num_blocks=blocks,
+            span=span,
+            addresses=(Address(announce.host, announce.port or listening.port),),
+            state=State.JOINING,
+            dtype=settings.dtype,
+            tokens_per_second=0.0,
+            cache_tokens=settings.cache_tokens,
+            cache_free=settings.cache_tokens,
+            sessions=0,
+            version=swarm.__version__,
+            issued=0.0,
+            expires=0.0,
+        )
+
+    async def _choose(self, model: str, blocks: int) -> Span:
+        from swarm.types import ModelId
+
+        assert self.discovery is not None
+        if self.settings.blocks is not None:
+            span = parse_span(self.settings.blocks)
+            if span.end > blocks:
+                raise UsageError(f"--blocks {span}: the model has blocks 0:{blocks}")
+            return span
+        count = self.settings.num_blocks or blocks
+        if count > blocks:
+            raise UsageError(f"--num-blocks {count}: the model has {blocks}")
+        return choose_span(await self.discovery.offers(ModelId(model), blocks), blocks, count)
+
+    async def _serve(self, folder: Path, offer: Offer) -> None:
+        stage, speed = await self.executor.run(lambda: self._load(folder, offer.span))
+        from peer.server import Server
+
+        self.server = Server(self.rpc, stage, self.executor, self.leases, offer.model)
+        await self._publish(state=State.ONLINE, tokens_per_second=speed)
+        log.info("online blocks=%s dtype=%s tokens_per_second=%.1f", offer.span, offer.dtype, speed)
+        self._keeper = asyncio.create_task(self._keep())
+
+    def _load(self, folder: Path, span: Span) -> tuple[Stage, float]:
+        import torch
+
+        from peer.capacity import decode_speed
+        from peer.stage import Stage
+        from swarm.model import load_stage
+
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        model = load_stage(
+            folder,
+            span,
+            dtype=getattr(torch, self.settings.dtype),
+            device=self.settings.device,
+            progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
+        )
+        stage = Stage(model)
+        return stage, decode_speed(stage)
+
+    async def _publish(self, **changes: object) -> None:
+        assert self._offer is not None
+        assert self.discovery is not None
+        offer = replace(self._offer, **changes)  # type: ignore[arg-type]
+        if offer != self._offer:
+            self._offer = offer
+            await self.discovery.publish(offer)
+
+    async def _keep(self) -> None:
+        """Let the offer say what is, and end what nobody needs any more."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(1.0)
+            assert self.server is not None
+            self.server.expire()
+            if time.monotonic() - looked >= RENEW_SECONDS:
+                looked = time.monotonic()
+                try:
+                    await self._publish(cache_free=self.leases.free, sessions=self.server.sessions)
+                except ShoalError as error:
+                    log.warning("offer not renewed error=%r", str(error))
+
+    async def status(self) -> Status:
+        """For a status line."""
+        assert self._offer is not None
+        assert self.discovery is not None
+        tokens = self.server.tokens if self.server else 0
+        peers = await self.discovery.peers_seen()
+        return Status(
+            self._offer.span, self._offer.state, len(self.leases), tokens, self.leases.used, self.leases.capacity, peers
+        )
+
+    async def close(self) -> None:
+        """Withdraw the offer and end everything, within two seconds."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        parts: list[Callable[[], object]] = [self.rpc.close, self.executor.close]
+        if self.discovery is not None:
+            parts.append(self.discovery.close)
+        await asyncio.gather(*(part() for part in parts), return_exceptions=True)  # type: ignore[call-overload]
+
+
+def _import_heavy() -> None:
+    """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
+    import swarm.model  # noqa: F401
+
+
+def _count_blocks(checkpoint: Checkpoint) -> int:
+    from swarm.skeleton import num_blocks
+
+    return num_blocks(checkpoint.config())

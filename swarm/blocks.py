@@ -1,0 +1,150 @@
+"""The blocks of a span, ready to run: hidden states in, hidden states out, with a cache per session."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarm.errors import CannotCut
+from swarm.types import Span
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
+    from swarm.caches import SessionCache
+    from swarm.skeleton import Skeleton
+
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""What forwards call their cache."""
+
+
+class StageModel:
+    """A contiguous span of a model's blocks, on a device. Not for two threads at a time.
+
+    Attributes:
+        span: which blocks.
+        dtype: of the hidden states that go in and come out.
+        device: where the weights are.
+        hidden_size: H, the last dimension of the hidden states.
+        num_blocks: how many blocks the span has.
+        supports_rollback: whether `rollback` can forget positions. Blocks with a recurrent state cannot.
+        model: the Hugging Face model around the blocks, without embeddings, final norm and head.
+        config: its config, cut to the span.
+    """
+
+    def __init__(self, skeleton: Skeleton, span: Span, device: str | torch.device) -> None:
+        self.span = span
+        self.num_blocks = len(span)
+        self.dtype = skeleton.dtype
+        self.device = torch.device(device)
+        self.model = skeleton.owner
+        self.config: PreTrainedConfig = skeleton.owner.config
+        self.hidden_size: int = self.config.hidden_size
+        self._whole_config = skeleton.config
+        self.supports_rollback = not self.new_cache().is_stateful
+        self._arguments = _accepted(type(self.model))
+        self._true_input = self._output = torch.empty(0)
+        self._splice(skeleton)
+
+    def __repr__(self) -> str:
+        return f"<StageModel {self.span} {self.config.model_type} {str(self.dtype).removeprefix('torch.')}>"
+
+    def new_cache(self) -> SessionCache:
+        """An empty cache for one session."""
+        from swarm.caches import SessionCache
+
+        return SessionCache(self._whole_config, self.span)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        position: int,
+        cache: SessionCache,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the blocks over N positions of B sequences whose keys and values up to `position` are in `cache`.
+
+        Args:
+            hidden: [B, N, H], what the block before the span put out, or the embeddings.
+            position: where the first of the N is, counted from the start of the session.
+            cache: from `new_cache`; grows by N positions.
+            attention_mask: [B, position + N], 1 where a position is real; None if all are.
+            position_ids: [B, N], for the rotary tables and their like; None for `position` and what follows.
+
+        Returns:
+            [B, N, H]
+        """
+        place = {"attention_mask": attention_mask, "position_ids": position_ids}
+        return self.run(hidden, position=position, cache=cache, **place)
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        *,
+        position: int = 0,
+        cache: SessionCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward`, in whatever gradient mode the caller is; without a cache if there is none (training)."""
+        if position_ids is None:
+            end = position + hidden.shape[1]
+            position_ids = torch.arange(position, end, device=hidden.device).unsqueeze(0)
+        offered = {
+            "inputs_embeds": hidden,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": cache is not None,
+            **dict.fromkeys(CACHE_ARGUMENTS, cache),
+        }
+        self._true_input = hidden
+        if cache is not None:
+            cache.length = position
+        try:
+            self.model(**{name: offered[name] for name in self._arguments})
+            if cache is not None:
+                cache.length = position + hidden.shape[1]
+            return self._output
+        finally:
+            self._true_input = self._output = torch.empty(0)
+
+    def _splice(self, skeleton: Skeleton) -> None:
+        """Put the true hidden states in at the first block and take the result out at the last.
+
+        So it does not matter what the model does before its blocks (scaled or positional embeddings) or after them.
+        The forward is replaced on the instances: no hook, no wrapper, and what the model reads from a block is there.
+        """
+        first, last = skeleton.blocks[0], skeleton.blocks[-1]
+        first.forward = self._entering(first.forward)
+        last.forward = self._leaving(last.forward)
+
+    def _entering(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return forward(self._true_input, *args[1:], **kwargs)
+            return forward(**{**kwargs, "hidden_states": self._true_input})
+
+        return enter
+
+    def _leaving(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def leave(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            self._output = result if isinstance(result, torch.Tensor) else result[0]
+            return result
+
+        return leave
+
+
+def _accepted(model: type) -> tuple[str, ...]:
+    """Which of what a stage can offer the model's forward takes."""
+    named = inspect.signature(inspect.unwrap(model.forward)).parameters  # type: ignore[attr-defined]
+    if "inputs_embeds" not in named or not any(name in named for name in CACHE_ARGUMENTS):
+        raise CannotCut(f"{model.__name__} takes no inputs_embeds or no cache")
+    wanted = ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *CACHE_ARGUMENTS)
+    return tuple(name for name in wanted if name in named)

@@ -1,0 +1,297 @@
+"""A Hugging Face model whose blocks are the swarm: `generate()` and everything built on it just works.
+
+The model is the family's own class with its two ends loaded here and one "block" that sends the hidden states along
+a session's route. Its cache holds no keys and values: only how long the session is, and which rows come next.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarm.background import BackgroundLoop
+from swarm.caches import LengthCache
+from swarm.checkpoint import Checkpoint
+from swarm.errors import UsageError
+from swarm.hub import resolve
+from swarm.model import load_ends, num_blocks
+from swarm.network import Network
+from swarm.session import Session, StepMeta
+from swarm.types import ModelId, Route, Span
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+class SwarmCache(LengthCache):
+    """The client's side of one session: made by `generate()`, or by hand to go on where the last call ended.
+
+    Attributes:
+        max_length: positions to lease when the session opens; it grows where that is not enough.
+        session: None until the first forward.
+    """
+
+    is_compileable = False
+
+    def __init__(self, max_length: int = 0) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.session: Session | None = None
+        self.rows: list[int] | None = None  # which earlier rows the next step's rows continue
+        self.padded = False  # whether some position was masked out
+        self._finalizer: weakref.finalize[..., Any] | None = None
+
+    @property
+    def route(self) -> Route | None:
+        """The peers that hold the session."""
+        return self.session.route if self.session else None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i continues what was row `beam_idx[i]`."""
+        rows: list[int] = beam_idx.tolist()
+        self.rows = rows if self.rows is None else [self.rows[row] for row in rows]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.length:
+            raise UsageError("the rows of a session that has begun cannot be multiplied")
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but `max_length` positions or, where it is negative, so many of the last."""
+        self.length = min(self.length, max_length) if max_length > 0 else max(0, self.length + max_length)
+
+    def reset(self) -> None:
+        self.crop(-self.length)
+
+    def close(self) -> None:
+        """Give the leases back. What was cached is gone; garbage collection does the same."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def bind(self, session: Session, background: BackgroundLoop) -> None:
+        """From now on `session` is this cache's, and ends with it."""
+        self.session = session
+        self._finalizer = weakref.finalize(self, _close_session, session, background)
+
+    def __repr__(self) -> str:
+        return f"<SwarmCache at {self.length} session={self.session}>"
+
+
+def _close_session(session: Session, background: BackgroundLoop) -> None:
+    background.post(session.close())
+
+
+class _Call(threading.local):
+    """What the forward under way in this thread was given beside the hidden states."""
+
+    cache: SwarmCache
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    keep: int = 0
+
+
+class Chain:
+    """The swarm as the one block of a model: hidden states in, hidden states out."""
+
+    def __init__(self, background: BackgroundLoop, network: Network, model: ModelId, blocks: int, wait: float) -> None:
+        self.background = background
+        self.network = network
+        self.model = model
+        self.num_blocks = blocks
+        self.wait = wait
+        self.on_missing: Callable[[tuple[Span, ...]], None] | None = None
+        self.call = _Call()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run [B, N, H] through the swarm as the call under way wants it; returns [B, N, H].
+
+        Where the call keeps only its last positions, the others come back as zeros: nobody looks at them.
+        """
+        call, cache = self.call, self.call.cache
+        rows, count, _ = hidden.shape
+        meta = StepMeta(
+            position=cache.length,
+            keep=call.keep if call.keep < count else 0,
+            rows=cache.rows if cache.length else None,
+            position_ids=_unusual_positions(call.position_ids, cache.length, rows, count),
+            mask=_unusual_mask(call.attention_mask, cache, count),
+        )
+        output = self.background.run(self._step(cache, hidden.detach(), meta))
+        cache.length += count
+        cache.rows = None
+        cache.padded = cache.padded or meta.mask is not None
+        output = output.to(hidden.device, hidden.dtype)
+        if output.shape[1] < count:
+            output = torch.cat([hidden.new_zeros(rows, count - output.shape[1], output.shape[2]), output], dim=1)
+        return output
+
+    async def _step(self, cache: SwarmCache, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
+        if cache.session is None:
+            length = max(cache.max_length, meta.position + hidden.shape[1])
+            session = await self.network.open_session(
+                self.model,
+                self.num_blocks,
+                batch=hidden.shape[0],
+                max_length=length,
+                wait=self.wait,
+                on_missing=self.on_missing,
+            )
+            cache.bind(session, self.background)
+        assert cache.session is not None
+        return await cache.session.step(hidden, meta)
+
+
+def _unusual_positions(ids: torch.Tensor | None, start: int, rows: int, count: int) -> torch.Tensor | None:
+    """[B, N], or None where they are just `start`, `start + 1`, ..., as for every text without padding."""
+    if ids is None or ids.ndim != 2:
+        return None
+    ids = ids[:, -count:]
+    if torch.equal(ids, torch.arange(start, start + count, device=ids.device).expand_as(ids)):
+        return None
+    return ids.expand(rows, count).to("cpu", torch.int64).contiguous()
+
+
+def _unusual_mask(mask: torch.Tensor | None, cache: SwarmCache, count: int) -> torch.Tensor | None:
+    """The part of a 2-D mask for the new positions [B, N], or None where there never was any padding."""
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise UsageError(f"an attention mask of {mask.ndim} dimensions; the swarm takes [batch, positions]")
+    mask = mask[:, -count:]
+    if not cache.padded and bool(mask.all()):
+        return None
+    return mask.to("cpu", torch.uint8).contiguous()
+
+
+class SwarmMixin:
+    """What a family's class gets when its blocks are the swarm. Not for use on its own."""
+
+    chain: Chain
+
+    def _bind(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Note what the blocks have to know of a forward's arguments; returns the arguments with a cache in them."""
+        cache = given.get("past_key_values")
+        if cache is None:
+            cache = SwarmCache()
+        elif not isinstance(cache, SwarmCache):
+            raise UsageError(
+                f"past_key_values is a {type(cache).__name__}; pass what an earlier call returned, or none"
+            )
+        call = self.chain.call
+        call.cache = cache
+        call.attention_mask = given.get("attention_mask")
+        call.position_ids = given.get("position_ids")
+        keep = given.get("logits_to_keep", 0)
+        call.keep = keep if isinstance(keep, int) and not given.get("output_hidden_states") else 0
+        return {**given, "past_key_values": cache}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
+    ) -> None:
+        """Called by `generate()`: the session's cache, sized for the whole answer."""
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = SwarmCache(max_cache_length + 1)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return True
+
+    @property
+    def background(self) -> BackgroundLoop:
+        """Where the network lives."""
+        return self.chain.background
+
+    @property
+    def network(self) -> Network:
+        """The client's place in the swarm; for use in the background loop."""
+        return self.chain.network
+
+    def close(self) -> None:
+        """Leave the swarm. The model can not be used after that."""
+        self.chain.background.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SwarmModelForCausalLM:
+    """Makes Hugging Face models whose blocks are the swarm."""
+
+    def __init__(self) -> None:
+        raise UsageError("use SwarmModelForCausalLM.from_pretrained(NAME, initial_peers=[...])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        initial_peers: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        wait: float = 0.0,
+        on_missing: Callable[[tuple[Span, ...]], None] | None = None,
+    ) -> PreTrainedModel:
+        """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
+
+        Args:
+            initial_peers: addresses of any peers of the swarm, as `peer serve` prints them.
+            dtype: what the embeddings and the head compute in; the peers' own is in their offers.
+            wait: seconds to wait for blocks that nobody hosts, before `NoRoute` is raised.
+            on_missing: told which blocks are waited for, each time they change.
+
+        Raises:
+            ModelNotFound, ModelCorrupt, CannotCut: the model cannot be had or cannot be cut.
+            CannotJoin: none of the initial peers can be reached.
+        """
+        folder = resolve(str(name))
+        checkpoint = Checkpoint(folder)
+        background = BackgroundLoop()
+        try:
+            network = background.run(Network.start(list(initial_peers)))
+            background.at_close(network.close)
+            chain = Chain(background, network, checkpoint.model_id, num_blocks(checkpoint.config()), wait)
+            chain.on_missing = on_missing
+            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
+        except BaseException:
+            background.close()
+            raise
+        model.chain = chain  # type: ignore[assignment]
+        _wrap_forward(model)
+        return model.eval()
+
+
+def _mixin() -> type:
+    """A fresh subclass, so that what is put on it is this model's alone."""
+    return type("SwarmMixin", (SwarmMixin,), {})
+
+
+def _wrap_forward(model: Any) -> None:
+    """Let the model's forward, whatever its arguments, note what the swarm has to know of them."""
+    inner = model.forward
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args).arguments | kwargs
+        throwaway = given.get("past_key_values") is None and given.get("use_cache") is False
+        bound = model._bind(given)
+        try:
+            with torch.no_grad():
+                return inner(**bound)
+        finally:
+            if throwaway:
+                bound["past_key_values"].close()
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    model.forward = forward

@@ -1,0 +1,131 @@
+"""Any Hugging Face causal LM, cut: the blocks of a span for a peer, and the two ends for a client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from swarm.blocks import StageModel
+from swarm.checkpoint import Checkpoint
+from swarm.errors import UsageError
+from swarm.skeleton import Skeleton, num_blocks
+from swarm.types import Span
+from swarm.verdict import as_block, check_cut, examine
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+__all__ = [
+    "Progress",
+    "StageModel",
+    "check_cut",
+    "load_ends",
+    "load_stage",
+    "num_blocks",
+]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes taken so far, bytes in all): from the loader's threads, but one at a time."""
+
+
+def load_stage(
+    folder: Path,
+    span: Span,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> StageModel:
+    """The blocks of `span` of the model in `folder`, ready to run. Reads no other weights.
+
+    On the CPU, weights that are stored in `dtype` are mapped from the file, not copied.
+
+    Raises:
+        UsageError: the model has no such blocks.
+        CannotCut: the model cannot be cut into stages.
+        ModelNotFound: there is no model in `folder`.
+        ModelCorrupt: a file of it is missing or damaged, or it is not what its config says.
+    """
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config()
+    count = num_blocks(config)
+    if span.end > count:
+        raise UsageError(f"blocks {span} are not in {folder}: it has blocks 0:{count}")
+    examine(config)
+    skeleton = Skeleton(config, dtype)
+    skeleton.keep_span(span)
+    _load(skeleton, checkpoint, device, progress)
+    skeleton.compact(span)
+    skeleton.settle(device)
+    return StageModel(skeleton, span, device)
+
+
+def load_ends(
+    folder: Path,
+    chain: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    mixin: type | None = None,
+) -> PreTrainedModel:
+    """The model in `folder` with `chain` in place of its blocks: embeddings, final norm and head are its own.
+
+    Args:
+        folder: with `config.json` and safetensors.
+        chain: called once in every forward with the hidden states that go into the first block, [B, N, H]; returns
+            what comes out of the last one, [B, N, H].
+        dtype: of the weights and the hidden states.
+        device: where the ends run.
+        mixin: put before the family's class among the bases of the model's class.
+
+    Raises:
+        CannotCut, ModelNotFound, ModelCorrupt: as `load_stage`.
+    """
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config()
+    cut = examine(config)
+    skeleton = Skeleton(config, dtype, mixin)
+    skeleton.keep_ends(as_block(chain, cut))
+    _load(skeleton, checkpoint, device, None)
+    skeleton.settle(device)
+    if (checkpoint.folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        skeleton.top.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return skeleton.top
+
+
+def _load(skeleton: Skeleton, checkpoint: Checkpoint, device: str | torch.device, progress: Progress | None) -> None:
+    names = skeleton.needed(checkpoint.names)
+    report = _Report(progress, sum(checkpoint.names[name].nbytes for name in names))
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            tensor = checkpoint.tensor(name)
+            report.add(checkpoint.names[name].nbytes)
+            return tensor
+
+        return read
+
+    skeleton.load({name: reader(name) for name in names}, device)
+
+
+class _Report:
+    """Adds up what the loader's threads have taken, and tells."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += size
+            self._progress(self._done, self._total)

@@ -1,0 +1,277 @@
+"""Typed calls and notifications between peers, over any transport.
+
+A `Link` is a connection with calls on it: many at once in both directions, each with a deadline and a cancellation
+that reach the other side. `Rpc` keeps one link per peer, dials when there is none, and knows who handles what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from swarm import wire
+from swarm.errors import (
+    Busy,
+    DeadlineExceeded,
+    Malformed,
+    ProtocolError,
+    RemoteError,
+    ShoalError,
+    UnknownMessage,
+    Unreachable,
+    from_wire,
+    to_wire,
+)
+from swarm.frames import Buffer
+from swarm.transport import Connection, Transport
+from swarm.types import Address, PeerId
+from swarm.wire import Envelope, Kind, Message, pack_envelope
+
+log = logging.getLogger(__name__)
+
+DIAL_TIMEOUT = 10.0  # seconds
+MAX_CALLS = 256  # requests that one link may have under way here
+
+Reply: TypeAlias = "Message | tuple[Message, Sequence[Buffer]]"
+Answer: TypeAlias = "Callable[[Link, Any, memoryview], Awaitable[Reply]]"
+Listener: TypeAlias = "Callable[[Link, Any, memoryview], None]"
+
+
+class Link:
+    """One connection, and the calls on it in both directions."""
+
+    def __init__(self, rpc: Rpc, connection: Connection) -> None:
+        self._rpc = rpc
+        self._connection = connection
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[tuple[Any, memoryview]]] = {}  # our calls there
+        self._running: dict[int, asyncio.Task[None]] = {}  # their calls here
+        self.error: RemoteError | None = None  # why the link is gone, None while it lives
+        self.on_lost: set[Callable[[Link], None]] = set()
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is at the other end, proven."""
+        return self._connection.peer
+
+    # --- our calls -------------------------------------------------------------------------------------------------
+
+    async def call(self, message: Message, body: Sequence[Buffer] = (), *, timeout: float) -> tuple[Any, memoryview]:
+        """Ask, and wait for the reply: its message and body.
+
+        Raises what the other side raised, `DeadlineExceeded` after `timeout` seconds, `Unreachable` when the link
+        breaks. Cancelling it cancels the handler there.
+        """
+        if self.error is not None:
+            raise self.error
+        call = next(self._numbers)
+        future: asyncio.Future[tuple[Any, memoryview]] = asyncio.get_running_loop().create_future()
+        self._pending[call] = future
+        try:
+            async with asyncio.timeout(timeout):
+                await self._connection.send(pack_envelope(Kind.REQUEST, call, timeout, message), body)
+                return await future
+        except TimeoutError:
+            name = type(message).__name__
+            raise DeadlineExceeded(f"{self.peer} did not answer {name} within {timeout:.1f} s", self.peer) from None
+        finally:
+            del self._pending[call]
+            if not future.done() or future.cancelled():
+                self._tell(pack_envelope(Kind.CANCEL, call))
+
+    def try_notify(self, message: Message, body: Sequence[Buffer] = ()) -> bool:
+        """Send a small message at once and expect no reply; False where it would have to wait."""
+        return self._connection.try_send(pack_envelope(Kind.NOTIFY, body=message), body)
+
+    async def notify(self, message: Message, body: Sequence[Buffer] = ()) -> None:
+        """Send a message of any size and expect no reply. Raises `Unreachable`."""
+        await self._connection.send(pack_envelope(Kind.NOTIFY, body=message), body)
+
+    def _tell(self, header: bytes) -> None:
+        """Send a few bytes if the link still lives; where it must wait, in the background."""
+        if self.error is None and not self._connection.try_send(header, ()):
+            self._rpc.spawn(self._connection.send(header, ()))
+
+    # --- what comes in ---------------------------------------------------------------------------------------------
+
+    def received(self, header: bytes, body: memoryview) -> None:
+        """A message from the other side (called by the connection)."""
+        envelope = wire.unpack_envelope(header)
+        if envelope.kind is Kind.NOTIFY:
+            message = wire.read_body(envelope)
+            self._rpc.listener_for(message)(self, message, body)
+        elif envelope.kind is Kind.REQUEST:
+            self._begin(envelope, body)
+        elif envelope.kind is Kind.CANCEL:
+            if (task := self._running.get(envelope.call)) is not None:
+                task.cancel()
+        else:
+            self._settle(envelope, body)
+
+    def _settle(self, envelope: Envelope, body: memoryview) -> None:
+        future = self._pending.get(envelope.call)
+        if future is None or future.done():  # given up in the meantime
+            return
+        try:
+            message = wire.read_body(envelope)
+        except ProtocolError as error:
+            error.peer = self.peer
+            future.set_exception(error)
+            return
+        if envelope.kind is Kind.ERROR:
+            future.set_exception(from_wire(message.code, message.message, message.peer or self.peer))
+        else:
+            future.set_result((message, body))
+
+    def _begin(self, envelope: Envelope, body: memoryview) -> None:
+        if envelope.call in self._running:
+            raise Malformed(f"call {envelope.call} is made twice")
+        if len(self._running) >= MAX_CALLS:
+            self._refuse(envelope.call, Busy(f"more than {MAX_CALLS} calls at once"))
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(envelope, body))
+        self._running[envelope.call] = task
+        task.add_done_callback(lambda _: self._running.pop(envelope.call, None))
+
+    async def _serve(self, envelope: Envelope, body: memoryview) -> None:
+        try:
+            message = wire.read_body(envelope)
+            async with asyncio.timeout(envelope.timeout or wire.MAX_TIMEOUT):
+                reply = await self._rpc.answer_for(message)(self, message, body)
+                header, pieces = reply if isinstance(reply, tuple) else (reply, ())
+                await self._connection.send(pack_envelope(Kind.REPLY, envelope.call, body=header), pieces)
+        except TimeoutError:
+            log.debug("call outlived its deadline peer=%s", self.peer)  # nobody waits for the answer any more
+        except ShoalError as error:
+            self._refuse(envelope.call, error)
+        except Exception as error:
+            log.exception("handler failed peer=%s", self.peer)
+            self._refuse(envelope.call, error)
+
+    def _refuse(self, call: int, error: Exception) -> None:
+        code, message = to_wire(error)
+        about = error.peer if isinstance(error, RemoteError) else ""
+        self._tell(pack_envelope(Kind.ERROR, call, body=wire.Failure(code, message[:2048], about)))
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def lost(self, error: RemoteError) -> None:
+        """The connection is gone (called by the connection)."""
+        self.error = error
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(error)
+        for task in self._running.values():
+            task.cancel()
+        self._rpc.forget(self)
+        for callback in list(self.on_lost):
+            callback(self)
+
+    def close(self, error: RemoteError | None = None) -> None:
+        """End the link, telling the other side why."""
+        self._connection.close(error)
+
+    def __repr__(self) -> str:
+        state = f"lost={self.error}" if self.error else f"calls={len(self._pending)}/{len(self._running)}"
+        return f"<Link {self.peer[-6:]} {state}>"
+
+
+class Rpc:
+    """One link per peer, and who handles which message."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.peer = transport.peer
+        self._answers: dict[type[Message], Answer] = {wire.Echo: _echo}
+        self._listeners: dict[type[Message], Listener] = {}
+        self._links: dict[PeerId, Link] = {}
+        self._dialling: dict[PeerId, asyncio.Task[Link]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def answer(self, kind: type[Message], handler: Answer) -> None:
+        """`handler(link, message, body)` answers calls of this kind. What it raises, the caller is told."""
+        self._answers[kind] = handler
+
+    def listen(self, kind: type[Message], handler: Listener) -> None:
+        """`handler(link, message, body)` is told notifications of this kind, in order; it must not block."""
+        self._listeners[kind] = handler
+
+    def answer_for(self, message: Message) -> Answer:
+        """Raises `UnknownMessage` where nobody here answers it."""
+        if (handler := self._answers.get(type(message))) is None:
+            raise UnknownMessage(f"{type(message).__name__} is not answered here")
+        return handler
+
+    def listener_for(self, message: Message) -> Listener:
+        """Raises `UnknownMessage` where nobody here listens to it."""
+        if (handler := self._listeners.get(type(message))) is None:
+            raise UnknownMessage(f"{type(message).__name__} is not listened to here")
+        return handler
+
+    def accept(self, connection: Connection) -> Link:
+        """A connection that somebody else dialled."""
+        link = Link(self, connection)
+        self._links[connection.peer] = link
+        return link
+
+    async def connect(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        """The link to `peer`, dialled if there is none; callers at the same time share one attempt.
+
+        Raises `Unreachable` or `WrongKey`.
+        """
+        if (link := self._links.get(peer)) is not None:
+            return link
+        if (task := self._dialling.get(peer)) is None:
+            task = self.spawn(self._dial(peer, addresses))
+            self._dialling[peer] = task
+            task.add_done_callback(lambda _: self._dialling.pop(peer, None))
+        return await asyncio.shield(task)
+
+    async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT):
+                connection = await self._transport.dial(peer, addresses)
+        except TimeoutError:
+            raise Unreachable(f"{peer} did not answer within {DIAL_TIMEOUT:.0f} s", peer) from None
+        link = self.accept(connection)
+        connection.attach(link)
+        return link
+
+    def tell(self, peer: PeerId, message: Message) -> None:
+        """Notify `peer` in the background if there is a link to it; nobody waits, and nobody hears of a failure."""
+        if (link := self._links.get(peer)) is not None and not link.try_notify(message):
+            self.spawn(link.notify(message))
+
+    def forget(self, link: Link) -> None:
+        """A link is gone; the next call dials anew."""
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run `work` in the background until it ends or this is closed; a peer's failure in it is only logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.log(logging.DEBUG if isinstance(error, ShoalError) else logging.ERROR, "background error=%r", error)
+
+    async def close(self) -> None:
+        """End all links and the transport."""
+        for task in self._tasks:
+            task.cancel()
+        for link in list(self._links.values()):
+            link.close()
+        await self._transport.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+
+
+async def _echo(link: Link, message: wire.Echo, body: memoryview) -> Reply:
+    return wire.Echo(), [body]

@@ -1,0 +1,298 @@
+"""Every message that crosses the wire, with its limits: bytes in, checked values out.
+
+A message is a header (MessagePack) and a body (the raw bytes of its tensors, one after another, each padded to
+`ALIGNMENT`). The header is an array `[kind, call, timeout, tag, field, ...]`. Decoding happens in two bounded stages:
+`msgpack` unpacks with limits on every length, `msgspec` checks types, ranges and counts. No torch here.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_args
+
+import msgpack
+import msgspec
+
+from swarm.errors import BadTensor, Malformed, Oversized, UnknownMessage
+
+PROTOCOL_VERSION = 1
+MAX_HEADER = 64 * 1024  # bytes of a message's header
+MAX_BODY = 256 * 1024 * 1024  # bytes of a message's body
+MAX_BATCH = 1024  # rows of a session
+MAX_POSITIONS = 1 << 24  # positions of a session
+MAX_TIMEOUT = 3600.0  # seconds
+ALIGNMENT = 8  # bytes; every dtype below divides it
+
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=MAX_POSITIONS)]
+Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+Key = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Name = Annotated[str, msgspec.Meta(max_length=128)]
+Text = Annotated[str, msgspec.Meta(max_length=2048)]
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """The root of all messages. Arrays on the wire, so a newer version may append fields with defaults."""
+
+
+class TensorSpec(Message):
+    """How the bytes of one tensor in the body are to be read."""
+
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=MAX_POSITIONS)]], msgspec.Meta(max_length=4)]
+
+    def nbytes(self) -> int:
+        """Bytes in the body, without padding. Raises `BadTensor` for a dtype that does not travel."""
+        if self.dtype not in ITEM_SIZES:
+            raise BadTensor(f"tensors of dtype {self.dtype!r} do not travel")
+        return ITEM_SIZES[self.dtype] * math.prod(self.shape)
+
+
+class Endpoint(Message):
+    """A peer and where it listens."""
+
+    peer: Name
+    addresses: Annotated[
+        list[tuple[Annotated[str, msgspec.Meta(max_length=255)], Annotated[int, msgspec.Meta(ge=1, le=65535)]]],
+        msgspec.Meta(min_length=1, max_length=8),
+    ]
+
+
+# --- the handshake, before any call --------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """The listener's first words."""
+
+    version: int
+    peer: Name
+    nonce: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Proof(Message, tag="proof"):
+    """The dialler's answer: who it is, signed over the listener's PeerId and nonce."""
+
+    peer: Name
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
+class Goodbye(Message, tag="goodbye"):
+    """Why the connection is being closed, when there is a reason."""
+
+    code: Name
+    message: Text
+
+
+# --- what peers and clients say ------------------------------------------------------------------------------------
+
+
+class Echo(Message, tag="echo"):
+    """Send the body back. Measures latency and bandwidth."""
+
+
+class Done(Message, tag="done"):
+    """The reply that has nothing to add."""
+
+
+class OpenSession(Message, tag="open"):
+    """Lease a KV cache of `batch * max_length` tokens for these blocks, or change an open session's terms.
+
+    Sent by the client to every hop of its route. Asked again with the same `session`, it may grow `max_length` or
+    name another `next`; what the session holds stays.
+    """
+
+    session: Key
+    model: Name
+    start: Block
+    end: Block
+    batch: Batch
+    max_length: Position
+    next: Endpoint | None  # who runs the following blocks; None for the last hop, which answers the client
+
+
+class SessionOpened(Message, tag="opened"):
+    """The lease is granted, for `lease` seconds after the last sign of life."""
+
+    lease: float
+    hidden_size: Count
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+
+
+class KeepAlive(Message, tag="alive"):
+    """The client still needs the session."""
+
+    session: Key
+
+
+class CloseSession(Message, tag="close"):
+    """The client needs the session no longer."""
+
+    session: Key
+
+
+class Step(Message, tag="step"):
+    """From `position` on, this is the session's content: forget what lay after, run it, pass it on.
+
+    `number` counts the steps of a session from 1 without gaps; a step sent again keeps its number, so `rows` (which
+    earlier rows the present ones continue, for beams) is applied once. `epoch` grows with every retry: what is left
+    over from an earlier one is dropped. `keep` is how many trailing positions the client wants answered, 0 for all.
+    """
+
+    session: Key
+    epoch: Count
+    number: Count
+    position: Position
+    keep: Position
+    hidden: TensorSpec  # [batch, positions, hidden size]
+    rows: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_BATCH)]], msgspec.Meta(max_length=MAX_BATCH)] | None
+    position_ids: TensorSpec | None  # [batch, positions], None for position, position + 1, ...
+    mask: TensorSpec | None  # [batch, positions], 1 for a token and 0 for padding; None for no padding
+
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of the body, in their order."""
+        return [spec for spec in (self.hidden, self.position_ids, self.mask) if spec is not None]
+
+
+class Output(Message, tag="output"):
+    """The last hop's answer to a step: hidden states [batch, kept positions, hidden size]."""
+
+    session: Key
+    epoch: Count
+    number: Count
+    hidden: TensorSpec
+
+
+class StepFailed(Message, tag="failed"):
+    """A hop's answer to a step that it could not run or pass on. `peer` is who is to be avoided for it."""
+
+    session: Key
+    epoch: Count
+    number: Count
+    peer: Name
+    code: Name
+    message: Text
+
+
+Body: TypeAlias = Echo | Done | OpenSession | SessionOpened | KeepAlive | CloseSession | Step | Output | StepFailed
+Handshake: TypeAlias = Hello | Proof | Goodbye
+_TAGS = {kind.__struct_config__.tag for kind in (*get_args(Body), *get_args(Handshake))}
+
+
+class Kind(enum.IntEnum):
+    """What an envelope is to the call it names."""
+
+    REQUEST = 0
+    REPLY = 1
+    ERROR = 2
+    CANCEL = 3
+    NOTIFY = 4
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Failure(Message):
+    """The body of an `ERROR`."""
+
+    code: Name
+    message: Text
+    peer: Name = ""  # who it is about, where that is not who says it
+
+
+class Envelope(NamedTuple):
+    """A header half read: whose call it belongs to is known, what it says is still to be checked by `read_body`.
+
+    `call` is 0 for a notification, `timeout` is in seconds.
+    """
+
+    kind: Kind
+    call: int
+    timeout: float
+    fields: list[Any]
+
+
+def pack(message: Message) -> bytes:
+    """A handshake message as bytes."""
+    data: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    return data
+
+
+def unpack(data: bytes | memoryview) -> Hello | Proof | Goodbye:
+    """A handshake message. Raises `Malformed`, `Oversized` or `UnknownMessage`."""
+    message: Hello | Proof | Goodbye = _convert(_unpack(data), Handshake)
+    return message
+
+
+def pack_envelope(kind: Kind, call: int = 0, timeout: float = 0.0, body: Message | None = None) -> bytes:
+    """A header as bytes."""
+    fields = () if body is None else msgspec.to_builtins(body, builtin_types=(bytes,))
+    data: bytes = msgpack.packb((int(kind), call, timeout, *fields))
+    return data
+
+
+def unpack_envelope(data: bytes | memoryview) -> Envelope:
+    """The fixed part of a header. Raises `Malformed`, `Oversized` or `UnknownMessage`."""
+    parts = _unpack(data)
+    if not isinstance(parts, list) or len(parts) < 3:
+        raise Malformed("a header is an array of kind, call, timeout and a message")
+    (number, call, timeout), fields = parts[:3], parts[3:]
+    if type(number) is not int or number not in _KINDS:
+        raise UnknownMessage(f"unknown kind of message {number!r:.32}")
+    if type(call) is not int or not 0 <= call < 1 << 62:
+        raise Malformed("a call's number is out of range")
+    if not isinstance(timeout, int | float) or not 0 <= timeout <= MAX_TIMEOUT:  # NaN fails both
+        raise Malformed(f"a timeout is between 0 and {MAX_TIMEOUT:.0f} seconds")
+    return Envelope(_KINDS[number], call, timeout, fields)
+
+
+def read_body(envelope: Envelope) -> Any:
+    """What an envelope says: a `Failure` for ERROR, None for CANCEL, else a `Body`.
+
+    Raises `Malformed` or `UnknownMessage`; the call that it belongs to is known by then and can be told.
+    """
+    if envelope.kind is Kind.CANCEL:
+        return None
+    return _convert(envelope.fields, Failure if envelope.kind is Kind.ERROR else Body)
+
+
+def _unpack(data: bytes | memoryview) -> Any:
+    if len(data) > MAX_HEADER:
+        raise Oversized(f"a header of {len(data)} bytes; at most {MAX_HEADER} are taken")
+    try:
+        return msgpack.unpackb(
+            data, max_array_len=4096, max_map_len=0, max_ext_len=0, strict_map_key=True, use_list=True, raw=False
+        )
+    except (ValueError, msgpack.exceptions.UnpackException, TypeError, OverflowError) as error:
+        raise Malformed(f"not MessagePack within its limits: {error or type(error).__name__}") from None
+
+
+def _convert(parts: Any, kind: Any) -> Any:
+    tag = parts[0] if isinstance(parts, list) and parts else None
+    if kind is not Failure and (not isinstance(tag, str) or tag not in _TAGS):
+        raise UnknownMessage(f"unknown message {tag!r:.64}")
+    try:
+        return msgspec.convert(parts, kind)
+    except msgspec.ValidationError as error:
+        raise Malformed(f"message {tag!r:.64}: {error}") from None
+
+
+def padded(nbytes: int) -> int:
+    """`nbytes` rounded up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def split_body(body: memoryview, specs: Sequence[TensorSpec]) -> list[memoryview]:
+    """The bytes of each tensor. Raises `BadTensor` unless the body is exactly as long as `specs` say."""
+    lengths = [spec.nbytes() for spec in specs]
+    if (expected := sum(map(padded, lengths))) != len(body):
+        raise BadTensor(f"tensors of {expected} bytes announced, {len(body)} came")
+    views, offset = [], 0
+    for length in lengths:
+        views.append(body[offset : offset + length])
+        offset += padded(length)
+    return views
