@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from swarm.errors import UsageError
 from swarm.hub import DEFAULT_MODEL
@@ -16,10 +22,16 @@ from swarm.types import Address, Span
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", env_prefix="SHOAL_", frozen=True)
 
-    initial_peers: list[str] = []
+    initial_peers: Annotated[list[str], NoDecode] = []
     listen: str = "127.0.0.1:0"
     announce: str | None = None
     identity: Path | None = None
+
+    @field_validator("initial_peers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """An environment variable holds several addresses with commas or spaces between."""
+        return value.replace(",", " ").split() if isinstance(value, str) else value
 
     @field_validator("listen", "announce")
     @classmethod

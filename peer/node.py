@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from peer.executor import Executor
 from peer.placement import choose_span
 from swarm.checkpoint import Checkpoint, Progress
 from swarm.discovery import Discovery
-from swarm.errors import ShoalError, UsageError
+from swarm.errors import InUse, ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.identity import Identity
 from swarm.rpc import Rpc
@@ -48,8 +49,20 @@ class Status:
 
 
 def identity_of(settings: BootstrapSettings | ServeSettings) -> Identity:
-    """The identity in the file that the settings name, or in the default one. Raises `UsageError`."""
-    return Identity.load_or_create(settings.identity or default_identity_file())
+    """The identity in the file that the settings name, or in the first default one that no other peer here uses.
+
+    Raises `UsageError`, or `InUse` where the settings name one that another peer uses.
+    """
+    if settings.identity is not None:
+        return Identity.claim(settings.identity)
+    default = default_identity_file()
+    for number in itertools.count(1):
+        file = default if number == 1 else default.with_stem(f"{default.stem}-{number}")
+        try:
+            return Identity.claim(file)
+        except InUse:
+            log.info("identity in use, trying the next file=%s", file)
+    raise AssertionError("there is always another number")
 
 
 def default_identity_file() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 """What forwards call their cache."""
+
+_NOTHING = torch.empty(0)
 
 
 class StageModel:
@@ -46,7 +48,7 @@ class StageModel:
         self._whole_config = skeleton.config
         self.supports_rollback = not self.new_cache().is_stateful
         self._arguments = _accepted(type(self.model))
-        self._true_input = self._output = torch.empty(0)
+        self._true_input = self._output = _NOTHING
         self._splice(skeleton)
 
     def __repr__(self) -> str:
@@ -112,7 +114,7 @@ class StageModel:
                 cache.length = position + hidden.shape[1]
             return self._output
         finally:
-            self._true_input = self._output = torch.empty(0)
+            self._true_input = self._output = _NOTHING
 
     def _splice(self, skeleton: Skeleton) -> None:
         """Put the true hidden states in at the first block and take the result out at the last.
@@ -148,3 +150,24 @@ def _accepted(model: type) -> tuple[str, ...]:
         raise CannotCut(f"{model.__name__} takes no inputs_embeds or no cache")
     wanted = ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *CACHE_ARGUMENTS)
     return tuple(name for name in wanted if name in named)
+
+
+def rollback(cache: SessionCache, length: int) -> None:
+    """Forget what lies after `length` positions.
+
+    Raises:
+        CannotCut: there are not so many; or the blocks fold the past into a state, which cannot be undone.
+    """
+    if length == cache.length:
+        return
+    if length > cache.length:
+        raise CannotCut(f"a cache of {cache.length} positions cannot go on to {length}")
+    if cache.is_stateful:
+        raise CannotCut(f"blocks with a recurrent state cannot go back from position {cache.length} to {length}")
+    cache.crop(length - cache.length)
+    cache.length = length
+
+
+def reorder(cache: SessionCache, rows: torch.Tensor) -> None:
+    """Let row i of the batch be what row `rows[i]` was (beam search). `rows`: [B'] of int64."""
+    cache.reorder_cache(cast(torch.LongTensor, rows))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 from transformers import cache_utils
 from transformers.configuration_utils import PreTrainedConfig
 
-from swarm.errors import CannotCut
 from swarm.types import Span
 
 _WHOLE: dict[type, type] = {
@@ -76,24 +72,3 @@ class LengthCache(cache_utils.DynamicCache):
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return self.length > 0
-
-
-def rollback(cache: SessionCache, length: int) -> None:
-    """Forget what lies after `length` positions.
-
-    Raises:
-        CannotCut: there are not so many; or the blocks fold the past into a state, which cannot be undone.
-    """
-    if length == cache.length:
-        return
-    if length > cache.length:
-        raise CannotCut(f"a cache of {cache.length} positions cannot go on to {length}")
-    if cache.is_stateful:
-        raise CannotCut(f"blocks with a recurrent state cannot go back from position {cache.length} to {length}")
-    cache.crop(length - cache.length)
-    cache.length = length
-
-
-def reorder(cache: SessionCache, rows: torch.Tensor) -> None:
-    """Let row i of the batch be what row `rows[i]` was (beam search). `rows`: [B'] of int64."""
-    cache.reorder_cache(cast(torch.LongTensor, rows))

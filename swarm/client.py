@@ -268,7 +268,8 @@ class SwarmModelForCausalLM:
             raise
         model.chain = chain  # type: ignore[assignment]
         _wrap_forward(model)
-        return model.eval()
+        model.train(False)
+        return model
 
 
 def _mixin() -> type:

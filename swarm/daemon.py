@@ -16,6 +16,7 @@ import ipaddress
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -212,17 +213,21 @@ class Daemon:
 
     async def stop(self) -> None:
         """End the process, within about a second even if it is stopped, and remove its files. Safe to call twice."""
-        if self._process.returncode is None:
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
         await asyncio.wait({self.gone}, timeout=_STOP_SECONDS)
-        if self._process.returncode is None:
-            self._process.kill()
+        self._signal(signal.SIGKILL)
         await self.gone
         if self._process.stdin is not None:
             self._process.stdin.close()
         if self._listening is not None:
             await self._listening
         self._folder.remove()
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not `Process.terminate`: that one may reap a process that has just died, under the loop's own watcher.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def __repr__(self) -> str:
         return f"<Daemon pid={self.pid} {'gone' if self.gone.done() else 'running'}>"

@@ -1,7 +1,6 @@
 """Who hosts what, where, how fast: offers, published in the hivemind DHT and read from it, signed and checked.
 
-A `Discovery` outlives its DHT node. When the node's daemon dies, a new one is started under the same key at the same
-port, joins through everybody known so far, and publishes the offer again; what was being asked is asked again.
+An offer is told again well before it expires, until it is withdrawn, and again when the DHT node had to be replaced.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from swarm import offers
-from swarm.dht import Node, Validator, checked, now, parse_address
-from swarm.errors import CannotJoin, Closed, DeadlineExceeded, LocalError, ProtocolError, ShoalError
+from swarm.dht import Node, checked, now
+from swarm.errors import DeadlineExceeded, ProtocolError, ShoalError
 from swarm.identity import Identity
+from swarm.membership import Membership
 from swarm.offers import Kind, Record
 from swarm.types import ModelId, Offer, PeerId, Span
 
@@ -26,11 +26,9 @@ RENEW_SECONDS = 20.0  # between two renewals of an offer, which lives for a minu
 _PUBLISH_SECONDS = 10.0
 _WITHDRAW_SECONDS = 1.0
 _READ_SECONDS = 10.0
-_MAX_BACK_OFF = 10.0  # seconds between two attempts to start the daemon again
 _MAX_MODELS = 256  # listed by `models`
 
 _Place = tuple[bytes, str]  # a key of the DHT and the name in its dictionary
-_Result = TypeVar("_Result")
 logger = logging.getLogger(__name__)
 
 
@@ -48,24 +46,14 @@ class Discovery:
 
     Attributes:
         peer: our PeerId.
-        restarts: how often the daemon died and was replaced.
     """
 
-    _node: Node
-
-    def __init__(
-        self, identity: Identity, initial_peers: Sequence[str], start: Callable[[int], Awaitable[Node]]
-    ) -> None:
+    def __init__(self, identity: Identity, membership: Membership) -> None:
         self.peer = identity.peer
-        self.restarts = 0
-        self._identity, self._initial_peers, self._start = identity, tuple(initial_peers), start
-        self._addresses: list[str] = []
-        self._known: dict[PeerId, str] = {}
+        self._identity, self._membership = identity, membership
         self._offer: Offer | None = None
         self._issued = 0.0
-        self._up, self._restarted = asyncio.Event(), asyncio.Event()
-        self._keepers: list[asyncio.Task[None]] = []
-        self._closed = False
+        self._keeper = asyncio.create_task(self._keep_known())
 
     @classmethod
     async def start(
@@ -88,35 +76,25 @@ class Discovery:
 
         Raises `UsageError` (mistyped address), `PortInUse`, or `CannotJoin` within ten seconds.
         """
-        for address in (*initial_peers, *(f"{visible}/p2p/{identity.peer}" for visible in announce)):
-            parse_address(address)
-
-        async def node(port: int) -> Node:
-            return await Node.start(
-                identity, host=host, port=port, announce=announce, client_mode=client_mode, validator=Validator()
-            )
-
-        self = cls(identity, initial_peers, node)
-        self._node = await self._start(port)
-        try:
-            await self._node.join(initial_peers)
-            self._addresses = await self._node.addresses()
-        except BaseException:
-            await self._node.stop()
-            raise
-        self._up.set()
-        self._keepers = [asyncio.create_task(self._keep_up()), asyncio.create_task(self._keep_known())]
-        return self
+        membership = await Membership.start(
+            identity, initial_peers, host=host, port=port, announce=announce, client_mode=client_mode
+        )
+        return cls(identity, membership)
 
     @property
     def addresses(self) -> list[str]:
         """Multiaddrs with PeerId, to give to the next machine as an initial peer; none in client mode."""
-        return list(self._addresses)
+        return list(self._membership.addresses)
 
     @property
     def daemon_pid(self) -> int:
         """The process id of p2pd."""
-        return self._node.daemon_pid
+        return self._membership.daemon_pid
+
+    @property
+    def restarts(self) -> int:
+        """How often the daemon died and was replaced."""
+        return self._membership.restarts
 
     async def publish(self, offer: Offer) -> None:
         """Tell the swarm `offer`, and keep telling it until `withdraw`; `issued` and `expires` are filled in here.
@@ -170,19 +148,16 @@ class Discovery:
 
     async def peers_seen(self) -> int:
         """How many other peers the daemon is connected to, for a status line."""
-        return len(await self._ask(Node.known, _READ_SECONDS))
+        return await self._membership.look_around(_READ_SECONDS)
 
     async def close(self) -> None:
         """Withdraw the offer, stop everything, leave nothing behind. Takes a second or two at most; may be repeated."""
-        if self._closed:
+        if self._keeper.done():
             return
         await self.withdraw()
-        self._closed = True
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.wait(self._keepers)
-        self._up.set()  # who waits for a node shall see that there will be none
-        await self._node.stop()
+        self._keeper.cancel()
+        await asyncio.wait({self._keeper})
+        await self._membership.close()
 
     async def __aenter__(self) -> Discovery:
         return self
@@ -190,75 +165,20 @@ class Discovery:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # --- the node, one after another ------------------------------------------------------------------------------
-
-    async def _ask(self, question: Callable[[Node], Coroutine[Any, Any, _Result]], seconds: float) -> _Result:
-        """The answer of the node, or of its successor if it dies over the question."""
-        try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    node = await self._living()
-                    with contextlib.suppress(_NodeDied):
-                        return await _answer(node, question)
-                    if self._node is node:
-                        self._up.clear()
-        except TimeoutError:
-            raise DeadlineExceeded(f"the DHT did not answer in {seconds:.0f} s") from None
-
-    async def _living(self) -> Node:
-        await self._up.wait()
-        if self._closed:
-            raise Closed("this Discovery was closed")
-        return self._node
-
-    async def _keep_up(self) -> None:
-        """Replace the node whenever it dies."""
-        while True:
-            await asyncio.wait({self._node.gone})
-            logger.warning("the DHT daemon died; starting another")
-            self._up.clear()
-            self.restarts += 1
-            before = self._node
-            await before.stop()
-            self._node = await self._start_again()
-            self._node.inherit(before)
-            await self._join_again()
-            self._up.set()
-            self._restarted.set()
-
-    async def _start_again(self) -> Node:
-        back_off = 0.1
-        while True:
-            try:
-                return await self._start(self._node.port)
-            except (LocalError, OSError) as error:
-                logger.warning("the DHT daemon cannot be started (%s); again in %.1f s", error, back_off)
-            await asyncio.sleep(back_off)
-            back_off = min(2 * back_off, _MAX_BACK_OFF)
-
-    async def _join_again(self) -> None:
-        """Back into the swarm by whoever is still there; alone, if nobody is."""
-        try:
-            await self._node.join({*self._initial_peers, *self._known.values()})
-        except CannotJoin as error:
-            logger.warning("nobody of the swarm answers: %s", error)
-
     async def _keep_known(self) -> None:
         """Renew the offer well before it expires, and at once when the node is a new one."""
         while True:
             pause = RENEW_SECONDS * random.uniform(0.8, 1.0)  # so that a swarm started at once does not stay in step
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._restarted.wait(), pause)
-            self._restarted.clear()
+                await asyncio.wait_for(self._membership.restarted.wait(), pause)
+            self._membership.restarted.clear()
             try:
                 await self._renew()
             except (ShoalError, OSError) as error:
                 logger.warning("renewing the offer failed, it is tried again soon: %s", error)
 
     async def _renew(self) -> None:
-        self._known = await self._ask(Node.known, _READ_SECONDS) or self._known
-        if self._node.neighbours == 0:
-            await self._join_again()
+        await self._membership.look_around(_READ_SECONDS)
         offer = self._offer
         if offer is None:
             return
@@ -278,7 +198,9 @@ class Discovery:
         value = offers.pack(stamped, self._identity, kind)
         keys, subkeys = zip(*places, strict=True)
         store = Node.store if kind is Kind.OFFER else Node.store_at_once
-        if not await self._ask(lambda node: store(node, keys, subkeys, value, stamped.expires), _PUBLISH_SECONDS):
+        if not await self._membership.ask(
+            lambda node: store(node, keys, subkeys, value, stamped.expires), _PUBLISH_SECONDS
+        ):
             raise DeadlineExceeded("not every part of the DHT took the offer")
 
     async def _to_renew(self, offer: Offer) -> list[_Place]:
@@ -291,7 +213,7 @@ class Discovery:
     async def _records(self, keys: Iterable[bytes]) -> list[Record]:
         """What lies under `keys` and passes every check; the rest is not there."""
         wanted = list(keys)
-        tables = await self._ask(lambda node: node.get(wanted), _READ_SECONDS) if wanted else {}
+        tables = await self._membership.ask(lambda node: node.get(wanted), _READ_SECONDS) if wanted else {}
         found = []
         for key, table in tables.items():
             for subkey, (value, expires) in table.items():
@@ -300,26 +222,7 @@ class Discovery:
         return found
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "up" if self._up.is_set() else "restarting"
-        return f"<Discovery {self.peer[-6:]} {state} offer={self._offer and self._offer.span} {self._node!r}>"
-
-
-class _NodeDied(Exception):
-    """The question has to be asked again, of the next node."""
-
-
-async def _answer(node: Node, question: Callable[[Node], Coroutine[Any, Any, _Result]]) -> _Result:
-    asking = asyncio.create_task(question(node))
-    try:
-        await asyncio.wait({asking, node.gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not node.gone.done():
-            return asking.result()
-    except (OSError, EOFError):  # the daemon hung up: its end is being noticed
-        await asyncio.wait({node.gone})
-    finally:
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
-    raise _NodeDied
+        return f"<Discovery {self.peer[-6:]} offer={self._offer and str(self._offer.span)} {self._membership!r}>"
 
 
 def _places(offer: Offer) -> list[_Place]:

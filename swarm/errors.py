@@ -41,6 +41,10 @@ class PortInUse(LocalError):
     """Somebody else listens on the port."""
 
 
+class InUse(LocalError):
+    """Another process on this machine uses it."""
+
+
 class CannotJoin(LocalError):
     """None of the initial peers can be reached, or the DHT refuses us (a wrong clock, say)."""
 

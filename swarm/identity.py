@@ -7,6 +7,7 @@ DHT is the PeerId of the data plane.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import ssl
 import tempfile
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
-from swarm.errors import Forged, Malformed, UsageError, WrongKey
+from swarm.errors import Forged, InUse, Malformed, UsageError, WrongKey
 from swarm.types import PeerId
 
 # libp2p-crypto's protobuf, written out: field 1 (the key's type) = 1 (Ed25519), field 2 (data) = so many bytes.
@@ -100,6 +101,21 @@ class Identity:
             raise UsageError(f"cannot use the identity file {file}: {error.strerror}") from None
         except UsageError as error:
             raise UsageError(f"identity file {file}: {error}; move it away to have a new one made") from None
+
+    @classmethod
+    def claim(cls, file: Path) -> Identity:
+        """`load_or_create`, and let no other process on this machine claim it while this one lives.
+
+        Two peers with one name would take each other's place. Raises `InUse` where another has it.
+        """
+        identity = cls.load_or_create(file)
+        descriptor = os.open(file, os.O_RDONLY)  # never closed: the lock ends with the process
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise InUse(f"another peer on this machine uses {file}; give this one --identity FILE") from None
+        return identity
 
     def save(self, file: Path) -> None:
         """Write the key to `file` (mode 0600) unless it exists; never leaves half a key."""

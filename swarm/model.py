@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.blocks import StageModel
+from swarm.blocks import StageModel, reorder, rollback
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UsageError
 from swarm.skeleton import Skeleton, num_blocks
 from swarm.types import Span
-from swarm.verdict import as_block, check_cut, examine
+from swarm.verdict import check_cut, examine
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -26,6 +26,8 @@ __all__ = [
     "load_ends",
     "load_stage",
     "num_blocks",
+    "reorder",
+    "rollback",
 ]
 
 Progress = Callable[[int, int], None]
@@ -52,10 +54,9 @@ def load_stage(
     """
     checkpoint = Checkpoint(folder)
     config = checkpoint.config()
-    count = num_blocks(config)
-    if span.end > count:
-        raise UsageError(f"blocks {span} are not in {folder}: it has blocks 0:{count}")
     examine(config)
+    if span.end > num_blocks(config):
+        raise UsageError(f"blocks {span} are not in {folder}: it has blocks 0:{num_blocks(config)}")
     skeleton = Skeleton(config, dtype)
     skeleton.keep_span(span)
     _load(skeleton, checkpoint, device, progress)
@@ -88,8 +89,9 @@ def load_ends(
     checkpoint = Checkpoint(folder)
     config = checkpoint.config()
     cut = examine(config)
+    config.name_or_path = str(folder)
     skeleton = Skeleton(config, dtype, mixin)
-    skeleton.keep_ends(as_block(chain, cut))
+    skeleton.keep_ends(chain, cut.returns)
     _load(skeleton, checkpoint, device, None)
     skeleton.settle(device)
     if (checkpoint.folder / "generation_config.json").exists():

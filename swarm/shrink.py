@@ -37,11 +37,11 @@ class Rule(enum.Enum):
 _RULES = tuple(
     (re.compile(pattern), rule)
     for pattern, rule in (
-        (r"^(vocab_size|vocab_size_per_layer_input)$", Rule.VOCABULARY),
+        (r"^(?!type_)(\w+_)?vocab_size(_\w+)?$", Rule.VOCABULARY),
         (r"^(num_local_experts|num_experts|n_routed_experts|moe_num_experts)$", Rule.EXPERTS),
         (r"^(sliding_window|window_size|attention_window_size|\w*chunk_size|sliding_window_size)$", Rule.WINDOW),
         (r"(kernel|conv|chunk|patch|group|block|type_vocab|state)_?(size|dim)$", Rule.KEEP),
-        (r"^(n_heads?|(\w+_)?(num|n)_(\w+_)?heads|(mamba_)?n_groups)$", Rule.HEADS),
+        (r"^(n_heads?|(\w+_)?(num|n)_(\w+_)?heads|(\w+_)?attention_heads|(mamba_)?n_groups)$", Rule.HEADS),
         (r"(head_dim|head_size|d_head|rotary_dim|rope_dim|rotary_ndims)$", Rule.HEAD_WIDTH),
         (r"(hidden|intermediate|inner|ffn|model|mlp|embed|proj|lru|ssm)\w*_(size|dim|width|dims)$", Rule.WIDTH),
         (r"^(n_embd|n_inner|d_model|d_ff|ffn_dim|dim|d_inner|d_ssm|mamba_d_ssm|lru_width)$", Rule.WIDTH),

@@ -57,7 +57,7 @@ class Elsewhere(nn.Module):
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3:
                 return value
-        return torch.zeros(1)
+        return torch.zeros(())
 
 
 class Skeleton:
@@ -99,33 +99,42 @@ class Skeleton:
 
     def compact(self, span: Span) -> None:
         """Leave only the blocks of `span`, numbered from 0, and of every list with an item per block their items."""
-        blocks = self.blocks
-        kept = nn.ModuleList(blocks[index] for index in span)
-        parent, _, name = self.path.rpartition(".")
-        self.top.get_submodule(parent).register_module(name, kept)
-        for module in kept.modules():
+        self._put_blocks([self.blocks[index] for index in span])
+        for module in self.blocks.modules():
             for attribute in _BLOCK_INDEX:
-                index = module.__dict__.get(attribute)
+                index = vars(module).get(attribute)
                 if isinstance(index, int):
                     setattr(module, attribute, index - span.start)
         _slice_properties(self.owner.config, span, self.count)
         slice_config(self.owner.config, span, self.count)
 
-    def keep_ends(self, run: Callable[..., Any]) -> None:
-        """Put one block in place of all, whose forward is `run` and which has no weights.
+    def keep_ends(self, chain: Callable[[torch.Tensor], torch.Tensor], returns: int) -> None:
+        """Put one block in place of all, which has no weights and passes what comes in through `chain`.
 
         It keeps the plain attributes of the first block: some families' forwards look at them, to pick a mask.
+
+        Args:
+            chain: from hidden states to hidden states.
+            returns: how long a tuple a block of this family returns, 0 if it returns a tensor.
         """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = chain(args[0] if args else kwargs["hidden_states"])
+            return (hidden, *[None] * (returns - 1)) if returns else hidden
+
         block = self.blocks[0]
         for content in (block._modules, block._parameters, block._buffers):
             content.clear()
-        block.forward = run
-        parent, _, name = self.path.rpartition(".")
-        self.top.get_submodule(parent).register_module(name, nn.ModuleList([block]))
-        if self.owner is not self.top:
+        block.forward = forward
+        self._put_blocks([block])
+        if self.owner is not self.top:  # `generate` goes on seeing the whole config
             self.owner.config = copy.deepcopy(self.owner.config)
             slice_config(self.owner.config, Span(0, 1), self.count)
         self._forget_ties()
+
+    def _put_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        parent, _, name = self.path.rpartition(".")
+        self.top.get_submodule(parent).register_module(name, nn.ModuleList(blocks))
 
     def _forget_ties(self) -> None:
         """Drop the ties between weights of which one is not here any more."""
@@ -183,11 +192,14 @@ class Skeleton:
         Raises:
             CannotCut: it leaves some untouched.
         """
+        from transformers.initialization import guard_torch_init_functions
+
         waiting = [module for module in self.top.modules() if _unset_buffers(module, device)]
-        for module in waiting:
-            self.top._initialize_weights(module)
-        if any(map(_has_unset, waiting)):
-            self.top._initialize_weights(self.owner)
+        with guard_torch_init_functions():
+            for module in waiting:
+                self.top._initialize_weights(module)
+            if any(map(_has_unset, waiting)):
+                self.top._initialize_weights(self.owner)
         if any(map(_has_unset, waiting)):
             raise CannotCut(f"{type(self.top).__name__}: its buffers cannot be computed for a part of it")
         self.top.train(False)
@@ -258,7 +270,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config.sub_configs and config.get_text_config(decoder=True) is not config:
         raise CannotCut(f"{config.model_type}: a model of more than text; only plain causal language models are cut")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CannotCut(f"{config.model_type}: transformers has no causal language model of this type")
+        raise CannotCut(f"{config.model_type or 'this model'}: transformers has no causal language model of this type")
     return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,10 +21,10 @@ import torch
 from torch import nn
 
 from swarm.blocks import CACHE_ARGUMENTS, StageModel
-from swarm.checkpoint import cache_folder
+from swarm.checkpoint import cache_folder, canonical
 from swarm.errors import CannotCut
 from swarm.shrink import fewer_blocks, shrink
-from swarm.skeleton import Skeleton, num_blocks
+from swarm.skeleton import Skeleton, model_class, num_blocks
 from swarm.types import Span
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 _REVISION = 1  # of what is checked: a change makes earlier verdicts void
 _TOLERANCE = 2e-5  # of the largest value: what float32 rounding leaves is a tenth of it, a wrong cut far more
 _TOLERANCE_OF_PIECES = 2e-4  # the same, where a recurrence adds up in another order
-_MOST_WEIGHTS = 2**27  # of a copy that is tried, which has to fit beside everything else on the machine
+_MOST_WEIGHTS = 2**25  # of a copy that is tried, which has to fit beside everything else on the machine
 _PADDING = 2  # of the second sequence, on the left
 _USUAL = (9, 1, 1)  # positions per step: what `generate` does, prefill and then decode
 _PIECES = (4, 5, 1, 1)  # the same, prefilled in two pieces
@@ -79,24 +78,27 @@ def examine(config: PreTrainedConfig) -> Cut:
 def _fingerprint(config: PreTrainedConfig) -> str:
     import transformers
 
-    about = [_REVISION, metadata.version("shoal"), transformers.__version__, torch.__version__, config.to_dict()]
+    versions = [_REVISION, metadata.version("shoal"), transformers.__version__, torch.__version__]
+    about = [type(config).__name__, canonical(config.to_dict()), *versions]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all: other processes may read or write the same verdict now."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    part.write_text(text)
+    part.replace(path)
 
 
 def _try_cut(config: PreTrainedConfig) -> Cut:
     """Compare on a small copy; on one with fewer blocks only, where the small one cannot even be built or run."""
+    _refuse_what_no_trial_shows(config)
     reasons = []
     for make_smaller in (shrink, fewer_blocks):
         try:
-            sample = _Sample(make_smaller(config))
+            with torch.random.fork_rng(devices=[]):  # the caller's dice are not ours to throw
+                sample = _Sample(make_smaller(config))
         except CannotCut:
             raise
         except Exception as error:  # noqa: BLE001 - what a family's code raises for sizes that do not fit together
@@ -104,6 +106,14 @@ def _try_cut(config: PreTrainedConfig) -> Cut:
             continue
         return _compare(sample)
     raise CannotCut(f"{config.model_type}: no small copy of it can be run to check the cut ({'; '.join(reasons)})")
+
+
+def _refuse_what_no_trial_shows(config: PreTrainedConfig) -> None:
+    model_class(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotCut(f"{config.model_type}: its weights are stored quantized; convert them to bfloat16 first")
+    if "'rope_type': 'dynamic'" in repr(getattr(config, "rope_parameters", None)):
+        raise CannotCut(f"{config.model_type}: its rotary table follows the longest session that a stage has seen")
 
 
 def _compare(sample: _Sample) -> Cut:
@@ -217,7 +227,7 @@ class _Chain:
         self.stages = [_stage(sample.whole, span) for span in spans]
         self.caches = [stage.new_cache() for stage in self.stages]
         self.ends = copy.deepcopy(sample.whole)
-        self.ends.keep_ends(as_block(self._run, sample.cut))
+        self.ends.keep_ends(self._run, sample.cut.returns)
         self.cache = LengthCache()
         self.start = self.end = 0
 
@@ -238,16 +248,6 @@ def _stage(whole: Skeleton, span: Span) -> StageModel:
     skeleton.keep_span(span)
     skeleton.compact(span)
     return StageModel(skeleton, span, "cpu")
-
-
-def as_block(chain: Callable[[torch.Tensor], torch.Tensor], cut: Cut) -> Callable[..., Any]:
-    """The forward of the one block that stands for all: what comes in goes through `chain`."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = chain(args[0] if args else kwargs["hidden_states"])
-        return (hidden, *[None] * (cut.returns - 1)) if cut.returns else hidden
-
-    return forward
 
 
 def randomize(model: nn.Module) -> None:

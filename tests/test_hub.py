@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx2
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 
 from swarm import embedded, hub
 from swarm.checkpoint import SINGLE
@@ -267,7 +267,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyP
 
 def test_a_connection_that_breaks_in_a_download(online: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, **options: Any) -> str:
-        raise httpx2.ReadError("connection reset")
+        raise HTTPError("connection reset")
 
     online.repositories["org/model"] = WHOLE
     monkeypatch.setattr("huggingface_hub.snapshot_download", broken)

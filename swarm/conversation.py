@@ -1,0 +1,164 @@
+"""Text in, text out: a tokenizer beside a model, prompts checked, answers streamed, a history kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarm.client import SwarmCache
+from swarm.errors import UsageError
+from swarm.hub import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of one prompt."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    seconds: float  # from sending the prompt to the last token
+    first_seconds: float  # to the first token
+    route: str
+    history: list[int] = field(default_factory=list)  # every token that the session holds, prompt included
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decode, the first token left out."""
+        return max(len(self.tokens) - 1, 0) / max(self.seconds - self.first_seconds, 1e-6)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model by its name. Raises as `hub.resolve`."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(name))
+    return tokenizer
+
+
+class Conversation:
+    """A model that talks. Turns share one session: what the peers have read once is not sent again."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._cache: SwarmCache | None = None
+        self._seen: list[int] = []  # the tokens that the session of `_cache` holds
+
+    def encode(self, messages: list[dict[str, str]] | str, raw: bool = False) -> list[int]:
+        """A prompt or a chat as tokens, through the chat template unless `raw` or there is none.
+
+        Raises `UsageError` for an empty prompt, or one longer than the model's context.
+        """
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        if not turns[-1]["content"].strip():
+            raise UsageError("the prompt is empty")
+        if raw or not self.tokenizer.chat_template:
+            ids = self.tokenizer(turns[-1]["content"])["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        limit = self.context
+        if limit and len(ids) >= limit:
+            raise UsageError(f"the prompt has {len(ids)} tokens; the model's context is {limit} with the answer")
+        return list(ids)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can look back on, None where its config does not say."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    def answer(self, prompt: list[int], on_text: Callable[[str], None] | None = None, **generation: Any) -> Answer:
+        """Generate after `prompt`, telling `on_text` each piece as it comes. `generation` goes to `generate()`.
+
+        Interrupted (Ctrl-C) it raises `KeyboardInterrupt`; the next answer then begins a new session.
+        """
+        from transformers import TextStreamer
+
+        watch = _Watch()
+        streamer = _Streamer(TextStreamer, self.tokenizer, on_text or (lambda text: None), watch)
+        if generation.get("num_beams", 1) > 1:
+            streamer = None
+        if self.context and (room := self.context - len(prompt)) < generation.get("max_new_tokens", 0):
+            generation["max_new_tokens"] = room
+        cache = self._continued(prompt) if generation.get("num_beams", 1) == 1 else SwarmCache()
+        ids = torch.tensor([prompt])
+        try:
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=streamer,
+                **generation,
+            )[0].tolist()
+        except BaseException:
+            cache.close()
+            self._cache = None
+            raise
+        return self._finish(output, prompt, cache, watch, streamer is None, on_text)
+
+    def _finish(
+        self,
+        output: list[int],
+        prompt: list[int],
+        cache: SwarmCache,
+        watch: _Watch,
+        silent: bool,
+        on_text: Callable[[str], None] | None,
+    ) -> Answer:
+        tokens = output[len(prompt) :]
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        if silent and on_text is not None:
+            on_text(text)
+        self._cache, self._seen = cache, output[: cache.length]
+        seconds = time.perf_counter() - watch.started
+        return Answer(text, tokens, len(prompt), seconds, watch.first or seconds, str(cache.route), output)
+
+    def _continued(self, prompt: list[int]) -> SwarmCache:
+        """The session of the last answer, cut to what it has in common with `prompt`; a new one if that is nothing."""
+        common = 0
+        for before, now in zip(self._seen, prompt[:-1], strict=False):  # at least one token has to be run
+            if before != now:
+                break
+            common += 1
+        if self._cache is None or not common:
+            self.forget()
+            self._cache = SwarmCache()
+        else:
+            self._cache.crop(common)
+        return self._cache
+
+    def forget(self) -> None:
+        """End the session; the next answer begins a new one."""
+        if self._cache is not None:
+            self._cache.close()
+        self._cache, self._seen = None, []
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first: float | None = None
+
+
+def _Streamer(base: Any, tokenizer: Any, on_text: Callable[[str], None], watch: _Watch) -> Any:
+    """transformers' own streamer, which knows where a word may be cut, telling us instead of printing."""
+
+    class Streamer(base):  # type: ignore[misc]
+        def put(self, value: torch.Tensor) -> None:
+            if not self.next_tokens_are_prompt and watch.first is None:
+                watch.first = time.perf_counter() - watch.started
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
