@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.caches import SessionCache, reorder, rollback
+from swarm.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
-from swarm.model import StageModel
+from swarm.model import StageModel, reorder, rollback
 from swarm.types import Span
 
 
@@ -47,7 +47,7 @@ class Stage:
 
     def open(self, span: Span, batch: int, max_length: int) -> SessionState:
         """An empty session over `span`, a part of this stage's."""
-        return SessionState(span, batch, max_length, self.model.new_cache(span))
+        return SessionState(span, batch, max_length, self.model.new_cache())
 
     @torch.inference_mode()
     def run(self, state: SessionState, step: StepInput) -> torch.Tensor:
@@ -108,7 +108,7 @@ class Stage:
     def _rewind(self, state: SessionState, step: StepInput) -> None:
         """Forget what lies after the step's position, and continue the rows it names: once, however often it comes."""
         if step.position == 0:
-            state.cache, state.mask, state.rows = self.model.new_cache(state.span), None, step.hidden.shape[0]
+            state.cache, state.mask, state.rows = self.model.new_cache(), None, step.hidden.shape[0]
         elif step.position < state.length:
             rollback(state.cache, step.position)
         state.length = step.position

@@ -60,10 +60,11 @@ class Conversation:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         if not turns[-1]["content"].strip():
             raise UsageError("the prompt is empty")
+        ids: Any
         if raw or not self.tokenizer.chat_template:
             ids = self.tokenizer(turns[-1]["content"])["input_ids"]
         else:
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         limit = self.context
         if limit and len(ids) >= limit:
             raise UsageError(f"the prompt has {len(ids)} tokens; the model's context is {limit} with the answer")

@@ -211,14 +211,16 @@ class Node:
         """The daemon's orders, each over a connection of its own."""
         return ControlClient(DaemonConnector(Multiaddr(self._daemon.control)), _initialized_with_create=True)
 
-    async def store(self, keys: Sequence[bytes], subkeys: Sequence[str], value: bytes, expires: float) -> bool:
-        """Keep `value` under every key at the nodes nearest to it; whether all keys took it somewhere."""
+    async def store(self, keys: Sequence[bytes], subkeys: Sequence[str], value: bytes, expires: float) -> set[bytes]:
+        """Keep `value` under every key at the nodes nearest to it; the keys where it was taken."""
         kept = await self._dht.store_many(
             list(keys), [value] * len(keys), float(expires), subkeys=list(subkeys), exclude_self=self._client_mode
         )
-        return all(kept.values())
+        return {key for (key, _), taken in kept.items() if taken}
 
-    async def store_at_once(self, keys: Sequence[bytes], subkeys: Sequence[str], value: bytes, expires: float) -> bool:
+    async def store_at_once(
+        self, keys: Sequence[bytes], subkeys: Sequence[str], value: bytes, expires: float
+    ) -> set[bytes]:
         """Like `store`, but here and at every node known now, without a search: nobody who stalls holds up the rest."""
         protocol, near = self._dht.protocol, set[PeerID]()
         ids, packed = [DHTID.generate(source=key) for key in keys], protocol.serializer.dumps(value)
@@ -230,7 +232,7 @@ class Node:
         many = len(ids)
         calls = (protocol.call_store(peer, ids, [packed] * many, [expires] * many, list(subkeys)) for peer in near)
         await asyncio.gather(*calls)
-        return True
+        return set(keys)
 
     async def get(self, keys: Collection[bytes]) -> dict[bytes, dict[object, tuple[object, float]]]:
         """The dictionaries under `keys`, merged from all nodes near them: subkey to (value, expiry), unchecked.

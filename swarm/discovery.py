@@ -10,9 +10,8 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from swarm import offers
 from swarm.dht import Node, checked, now
@@ -102,9 +101,11 @@ class Discovery:
         Raises `UsageError` for an offer that cannot be published. Raises `DeadlineExceeded` where nobody took it in
         ten seconds; it is tried again at the next renewal all the same.
         """
-        offers.pack(self._stamped(offer), self._identity)  # a bad one must not be remembered
-        before, self._offer = self._offer, offer
-        await self._put(offer, Kind.OFFER, _places(offer))
+        before = self._stamped(self._offer) if self._offer else None  # stamped first: the newest word is the offer
+        stamped = self._stamped(offer)
+        offers.pack(stamped, self._identity)  # a bad one must not be remembered
+        self._offer = offer
+        await self._put(stamped, Kind.OFFER, _places(offer))
         if before is not None:
             await self._leave(before)
 
@@ -118,7 +119,7 @@ class Discovery:
             return
         try:
             async with asyncio.timeout(_WITHDRAW_SECONDS):
-                await self._leave(before)
+                await self._leave(self._stamped(before))
         except (TimeoutError, DeadlineExceeded):
             logger.warning("the offer could not be withdrawn everywhere in time; it expires within a minute")
 
@@ -184,7 +185,7 @@ class Discovery:
             return
         places = await self._to_renew(offer)
         if self._offer is offer:  # neither replaced nor withdrawn: nothing may be stamped later than a withdrawal
-            await self._put(offer, Kind.OFFER, places)
+            await self._put(self._stamped(offer), Kind.OFFER, places)
 
     # --- records --------------------------------------------------------------------------------------------------
 
@@ -193,14 +194,15 @@ class Discovery:
         self._issued = max(now(), self._issued + 0.001)
         return replace(offer, issued=self._issued, expires=self._issued + offers.LIFETIME)
 
-    async def _put(self, offer: Offer, kind: Kind, places: Sequence[_Place]) -> None:
-        stamped = self._stamped(offer)
+    async def _put(self, stamped: Offer, kind: Kind, places: Sequence[_Place]) -> None:
         value = offers.pack(stamped, self._identity, kind)
         keys, subkeys = zip(*places, strict=True)
         store = Node.store if kind is Kind.OFFER else Node.store_at_once
-        if not await self._membership.ask(
+        taken = await self._membership.ask(
             lambda node: store(node, keys, subkeys, value, stamped.expires), _PUBLISH_SECONDS
-        ):
+        )
+        # Another peer of the model may have told the index something newer: as good as our own.
+        if not taken.issuperset(key for key in keys if key != offers.INDEX_KEY):
             raise DeadlineExceeded("not every part of the DHT took the offer")
 
     async def _to_renew(self, offer: Offer) -> list[_Place]:

@@ -87,7 +87,7 @@ class Membership:
                     node = await self._living()
                     with contextlib.suppress(_NodeDied):
                         return await _answer(node, question)
-                    if self._node is node:  # its keeper has not noticed yet
+                    if self._node is node and not self._closed:  # its keeper has not noticed yet
                         self._up.clear()
         except TimeoutError:
             raise DeadlineExceeded(f"the DHT did not answer in {seconds:.0f} s") from None

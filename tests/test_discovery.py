@@ -65,7 +65,7 @@ async def spans(reader: Discovery, model: ModelId = MODEL) -> list[str]:
 async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 8.0) -> None:
     """Wait for what other processes do in their own time, and tell nobody."""
     async with asyncio.timeout(seconds):
-        while not await holds():
+        while not await holds():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -123,6 +123,12 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     assert [child for child in psutil.Process().children(recursive=True) if child.name() == "p2pd"] == []
     assert sockets_of_hivemind() <= before
+
+
+async def vanish(peer: Discovery) -> None:
+    """As if killed: it says nothing to anybody."""
+    peer._offer = None
+    await peer._membership.close()
 
 
 Grow = Callable[..., Awaitable[Discovery]]
@@ -208,7 +214,7 @@ async def test_offers_are_renewed_while_their_peer_lives_and_expire_after(
     await living.publish(offer_of(living, 0, 8))
     await dying.publish(offer_of(dying, 8, 16))
     assert await spans(reader) == ["0:8", "8:16"]
-    await dying._membership.close()  # as if killed: it says nothing
+    await vanish(dying)
 
     async def expired() -> bool:
         return await spans(reader) == ["0:8"]
@@ -388,7 +394,7 @@ async def test_a_killed_daemon_is_replaced_and_the_offer_told_again(grow: Grow) 
 async def test_a_lonely_bootstrap_keeps_its_records_when_its_daemon_dies(grow: Grow) -> None:
     here, leaving = await grow(), await grow()
     await leaving.publish(offer_of(leaving))
-    await leaving._membership.close()
+    await vanish(leaving)
     os.kill(here.daemon_pid, signal.SIGKILL)
     assert await spans(here) == ["0:8"]
 
@@ -494,10 +500,7 @@ def test_it_works_under_uvloop() -> None:
             async with await Discovery.start(Identity.generate(), first.addresses) as second:
                 return await spans(second)
 
-    async def once() -> list[str]:
-        return await main()
-
-    assert uvloop.run(once()) == ["0:8"]
+    assert uvloop.run(main()) == ["0:8"]
 
 
 # --- hivemind, kept in its place --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers import (
     FalconH1Config,
     Gemma3Config,
     GPT2Config,
+    GraniteConfig,
     Lfm2Config,
     LlamaConfig,
     MixtralConfig,
@@ -20,11 +21,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from swarm import verdict
+from swarm import skeleton, verdict
 from swarm.caches import SessionCache
 from swarm.checkpoint import Checkpoint
 from swarm.errors import CannotCut, ModelCorrupt, UsageError
-from swarm.model import check_cut, load_ends, load_stage, num_blocks, reorder, rollback
+from swarm.model import StageModel, check_cut, load_ends, load_stage, num_blocks, reorder, rollback
 from swarm.shrink import shrink
 from swarm.types import Span
 
@@ -239,6 +240,27 @@ def test_a_damaged_verdict_is_found_out_again(own_cache_folder: Path) -> None:
     kept.write_text("[1,")
     check_cut(LlamaConfig(**SMALL))
     assert kept.read_text() == text
+
+
+def test_a_cut_that_forgets_the_true_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StageModel, "_entering", lambda self, forward: forward)
+    check_cut(LlamaConfig(**SMALL))  # nothing happens to its embeddings before the first block
+    with pytest.raises(CannotCut, match="computes something else"):
+        check_cut(GraniteConfig(**SMALL, embedding_multiplier=12.0))
+
+
+def test_a_cut_that_forgets_to_number_the_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skeleton, "_BLOCK_INDEX", ())
+    with pytest.raises(CannotCut, match="cut in stages it fails with IndexError"):
+        check_cut(LlamaConfig(**SMALL))
+
+
+def test_trying_the_cut_leaves_the_callers_dice_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    check_cut(LlamaConfig(**SMALL))
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_small_copy_is_small_and_has_every_kind_of_block() -> None:

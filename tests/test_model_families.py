@@ -135,7 +135,21 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-REFUSED: dict[str, str] = {}
+# Each for a reason of its own: states that cannot be taken up again in the middle of a prompt, caches of their own,
+# blocks that see more than the hidden states (the token ids, the embeddings, another block's keys).
+REFUSED: dict[str, str] = {
+    "ctrl": "cut in stages it computes something else",
+    "falcon_mamba": "prefilled in pieces it fails",
+    "gemma3n_text": "cut in stages it fails",
+    "jamba": "prefilled in pieces it computes something else, even uncut",
+    "mamba": "prefilled in pieces it fails",
+    "minimax": "MiniMax uses cache of its own",
+    "moshi": "prefilled in pieces it computes something else, even uncut",
+    "recurrent_gemma": "prefilled in pieces it computes something else, even uncut",
+    "rwkv": "prefilled in pieces it computes something else, even uncut",
+    "zamba": "no small copy of it can be run",
+    "zamba2": "cut in stages it fails",
+}
 
 
 class Chain:

@@ -1,0 +1,124 @@
+"""A swarm on this machine: four peers hold a model, a client asks it, and every answer is checked."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from processes import Failed, LocalSwarm, terminated_like_interrupted
+from rich.console import Console
+
+from swarm.checkpoint import Checkpoint
+from swarm.errors import ShoalError
+from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.terminal import ProgressBars
+
+QUESTIONS = (
+    "What is a shoal of fish, in two sentences?",
+    "Name three things that volunteers can do together which one of them can not.",
+    "Write a haiku about the sea.",
+)
+SPANS = ("0:10", "10:20", "20:30", "10:20")
+MAX_NEW_TOKENS = 64
+
+console = Console(highlight=False)
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was measured.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer, at most.")] = MAX_NEW_TOKENS,
+) -> None:
+    """Start a swarm of four peers on this machine, ask it three questions and check every answer."""
+    try:
+        with terminated_like_interrupted():
+            results = _run(max_new_tokens)
+    except (ShoalError, Failed) as error:
+        console.print(f"[bold red]error:[/] {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2) + "\n")
+    equal = all(answer["equal"] for answer in results["answers"])
+    console.print("[green]all answers equal[/]" if equal else "[bold red]an answer differs from the whole model's[/]")
+    raise typer.Exit(0 if equal else 1)
+
+
+def _run(max_new_tokens: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    bars = ProgressBars()
+    folder = resolve(DEFAULT_MODEL, bars)
+    bars.stop()
+    checkpoint = Checkpoint(folder)
+    console.print(f"model    {DEFAULT_MODEL} in {folder}")
+    with LocalSwarm() as local:
+        for span in SPANS:
+            local.serve(str(folder), "--blocks", span)
+        console.print(f"starting a bootstrap node and {len(SPANS)} peers with blocks {', '.join(SPANS)}")
+        whole, tokenizer = _whole_model(folder)
+        offers = local.wait_online(checkpoint.model_id, checkpoint.config().num_hidden_layers, len(SPANS))
+        ready = time.perf_counter() - started
+        console.print(f"online   every block after {ready:.1f} s, at {len(offers)} peers\n")
+        answers = _ask(folder, local.address, whole, tokenizer, max_new_tokens)
+    return {"machine": platform.platform(), "model": checkpoint.model_id, "online_seconds": ready, "answers": answers}
+
+
+def _whole_model(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from swarm.conversation import load_tokenizer
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(str(folder))
+
+
+def _ask(folder: Path, address: str, whole: Any, tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
+    from swarm.client import SwarmModelForCausalLM
+    from swarm.conversation import Conversation
+
+    answers = []
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[address]) as model:
+        conversation = Conversation(model, tokenizer)
+        for question in QUESTIONS:
+            console.print(f"[bold]> {question}[/]")
+            prompt = conversation.encode(question)
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+            answer = conversation.answer(prompt, lambda text: console.print(text, end="", soft_wrap=True), **options)
+            equal = answer.tokens == _alone(whole, prompt, options)
+            mark = "[green]equal to the whole model's[/]" if equal else "[bold red]NOT the whole model's[/]"
+            console.print(f"\n[dim]route    {answer.route.replace('[', chr(92) + '[')}[/]")
+            console.print(
+                f"[dim]speed    {answer.tokens_per_second:.1f} tokens/s, first after {answer.first_seconds:.2f} s[/]"
+            )
+            console.print(f"[dim]tokens   {len(answer.tokens)},[/] {mark}\n")
+            answers.append(
+                {
+                    "question": question,
+                    "answer": answer.text,
+                    "route": answer.route,
+                    "tokens": len(answer.tokens),
+                    "tokens_per_second": answer.tokens_per_second,
+                    "first_token_seconds": answer.first_seconds,
+                    "equal": equal,
+                }
+            )
+        conversation.forget()
+    return answers
+
+
+def _alone(whole: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
+    """What the whole model, in this process, says to the same prompt."""
+    import torch
+
+    ids = torch.tensor([prompt])
+    output: list[int] = whole.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return output[len(prompt) :]
+
+
+if __name__ == "__main__":
+    typer.run(main)

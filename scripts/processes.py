@@ -1,0 +1,183 @@
+"""A swarm of real processes on this machine: for the demo, the benches and the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from swarm.background import BackgroundLoop
+from swarm.discovery import Discovery
+from swarm.identity import Identity
+from swarm.routing import uncovered
+from swarm.types import ModelId, Offer
+
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+
+
+class Failed(Exception):
+    """A process did not do what it was started for; the message holds what it said."""
+
+
+class PeerProcess:
+    """One `peer` command in a process of its own."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, identity: Path) -> None:
+        self.log = log
+        self.identity = identity
+        self._command = [str(Path(sys.executable).with_name("peer")), *arguments, "--identity", str(identity)]
+        self._log_handle = log.open("ab")
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            self._command,
+            stdout=subprocess.PIPE,
+            stderr=self._log_handle,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    @property
+    def pid(self) -> int:
+        """Of the peer itself, not of its p2pd."""
+        return self.process.pid
+
+    @property
+    def peer(self) -> str:
+        """Its PeerId, once it has started."""
+        return Identity.from_bytes(self.identity.read_bytes()).peer
+
+    def address(self, timeout: float = START_SECONDS) -> str:
+        """The address that it prints for others to join by. Raises `Failed` where it ends or says nothing."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                line = self._lines.get(timeout=left)
+            except queue.Empty:
+                break
+            if line is None:
+                raise Failed(f"{' '.join(self._command)} ended:\n{self.output()}")
+            if "--initial-peers " in line:
+                return line.split("--initial-peers ")[1].strip()
+        raise Failed(f"{' '.join(self._command)} printed no address within {timeout} s:\n{self.output()}")
+
+    def output(self) -> str:
+        """What it wrote to stderr so far."""
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it and everything it started; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._log_handle.close()
+        return code
+
+
+class LocalSwarm:
+    """A bootstrap node and peers, each a process; a context manager that leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-local-")
+        self.folder = Path(self._folder.name)
+        self.peers: list[PeerProcess] = []
+        self.bootstrap_process = self._start("bootstrap", "--listen", "127.0.0.1:0")
+        self._background = BackgroundLoop()
+        self._discovery: Discovery | None = None
+        try:
+            self.address = self.bootstrap_process.address()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, *arguments: str) -> PeerProcess:
+        number = len(self.peers)
+        log, identity = self.folder / f"peer-{number}.log", self.folder / f"peer-{number}.key"
+        process = PeerProcess(arguments, log, identity)
+        self.peers.append(process)
+        return process
+
+    def serve(self, model: str, *options: str, threads: int = 1) -> PeerProcess:
+        """Start a peer for `model`; `options` as on the command line. Does not wait for it."""
+        return self._start(
+            "serve", model, "--initial-peers", self.address, "--threads", str(threads), *map(str, options)
+        )
+
+    def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
+        """What the swarm offers of the model now."""
+        if self._discovery is None:
+            start = Discovery.start(Identity.generate(), [self.address], client_mode=True)
+            self._discovery = self._background.run(start)
+            self._background.at_close(self._discovery.close)
+        return self._background.run(self._discovery.offers(model, num_blocks))
+
+    def wait_online(self, model: ModelId, num_blocks: int, peers: int, timeout: float = START_SECONDS) -> list[Offer]:
+        """Wait until every block and so many peers are online. Raises `Failed` with what the peers said."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            offers = [offer for offer in self.offers(model, num_blocks) if offer.state == "online"]
+            if not uncovered(offers, num_blocks) and len(offers) >= peers:
+                return offers
+            for process in self.peers:
+                if process.process.poll() is not None:
+                    raise Failed(f"a peer ended:\n{process.output()}")
+            time.sleep(0.1)
+        logs = "\n".join(process.output() for process in self.peers)
+        raise Failed(f"not every block was online within {timeout:.0f} s:\n{logs}")
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self.peers:
+            if process.process.poll() is None:
+                process.process.send_signal(signal.SIGTERM)
+        for process in self.peers:
+            process.stop()
+        self._background.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> LocalSwarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does, so that what it started is taken down."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
