@@ -120,6 +120,7 @@ class Node:
     ) -> Node:
         """Start a node that knows nobody yet. Raises as `Daemon.start` does."""
         daemon = await Daemon.start(identity, host=host, port=port, announce=announce, client_mode=client_mode)
+        p2p = None
         try:
             p2p = await P2P.replicate(Multiaddr(daemon.control))
             dht = await DHTNode.create(
@@ -138,6 +139,8 @@ class Node:
                 reuse_get_requests=False,
             )
         except BaseException:
+            if p2p is not None:
+                await p2p.shutdown()
             await daemon.stop()
             raise
         return cls(daemon, p2p, dht, client_mode)

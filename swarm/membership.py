@@ -124,7 +124,7 @@ class Membership:
         back_off = _FIRST_BACK_OFF
         while True:
             try:
-                return await self._start(port)
+                return await _started(self._start(port))
             except (LocalError, OSError) as error:
                 logger.warning("the DHT daemon cannot be started (%s); again in %.1f s", error, back_off)
             await asyncio.sleep(back_off)
@@ -150,6 +150,18 @@ class Membership:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "up" if self._up.is_set() else "restarting"
         return f"<Membership {state} restarts={self.restarts} {self._node!r}>"
+
+
+async def _started(start: Awaitable[Node]) -> Node:
+    """Start a node, all the way: one that is given up halfway would leave its connections open."""
+    starting = asyncio.ensure_future(start)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        (node,) = await asyncio.gather(starting, return_exceptions=True)
+        if isinstance(node, Node):
+            await node.stop()
+        raise
 
 
 class _NodeDied(Exception):

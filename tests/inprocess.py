@@ -1,0 +1,94 @@
+"""A swarm in this very process: real nodes, real sockets, a real DHT, tiny random models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peer.config import BootstrapSettings, ServeSettings
+from peer.node import Node, start_discovery
+from swarm.background import BackgroundLoop
+from swarm.checkpoint import silent
+from swarm.discovery import Discovery
+from swarm.identity import Identity
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_random(folder: Path, config: Any, seed: int = 0) -> Any:
+    """A random model of `config`, saved to `folder` and returned whole, in fp32, with weights large enough to tell."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    model.train(False)
+    return model
+
+
+def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random Llama."""
+    return save_random(folder, LlamaConfig(**{**TINY, **changes}), seed)
+
+
+class Swarm:
+    """A bootstrap node and the peers that are started on it, in a background loop of their own."""
+
+    def __init__(self) -> None:
+        self.background = BackgroundLoop("test swarm")
+        settings = BootstrapSettings()
+        self.bootstrap: Discovery = self.background.run(start_discovery(settings, Identity.generate(), 0))
+        self.address = self.bootstrap.addresses[0]
+        self.nodes: list[Node] = []
+
+    def serve(self, model: Path, blocks: str, **settings: Any) -> Node:
+        """Start a peer and wait until it is online."""
+        chosen = ServeSettings(model=str(model), blocks=blocks, initial_peers=[self.address], threads=1, **settings)
+
+        async def start() -> Node:
+            node = Node(chosen, Identity.generate(), silent)
+            self.nodes.append(node)
+            await node.start()
+            return node
+
+        return self.background.run(start())
+
+    def stop(self, node: Node) -> None:
+        """Let a peer leave."""
+        self.nodes.remove(node)
+        self.background.run(node.close())
+
+    def close(self) -> None:
+        """Take everything down."""
+        for node in list(self.nodes):
+            self.stop(node)
+        self.background.run(self.bootstrap.close())
+        self.background.close()
+
+
+@contextlib.contextmanager
+def running_swarm() -> Iterator[Swarm]:
+    """A `Swarm` for the time of a `with`."""
+    swarm = Swarm()
+    try:
+        yield swarm
+    finally:
+        swarm.close()
