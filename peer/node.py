@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import logging
 import os
@@ -227,7 +228,8 @@ class Node:
 
 def _import_heavy() -> None:
     """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
-    import swarm.model  # noqa: F401
+    for name in ("swarm.model", "peer.capacity", "peer.server"):
+        importlib.import_module(name)
 
 
 def _count_blocks(checkpoint: Checkpoint) -> int:

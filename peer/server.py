@@ -39,7 +39,7 @@ class ServedSession:
         self.outbox: deque[tuple[Message, Sequence[Buffer]]] = deque()  # while the way is not free
 
     def __repr__(self) -> str:
-        return f"<ServedSession {self.key.hex()[:8]} {self.state.span} at {self.state.length}>"
+        return f"<ServedSession {self.key.hex()[:8]} {self.state.model.span} at {self.state.length}>"
 
 
 class Server:
@@ -80,7 +80,7 @@ class Server:
         key = SessionId(message.session)
         session = self._sessions.get(key)
         if session is None:
-            session = self._admit(key, link, message)
+            session = await self._admit(key, link, message)
         elif session.client.peer != link.peer:
             raise UnknownSession("the session is another client's")
         self._leases.grant(key, message.batch * message.max_length, self._clock())
@@ -95,7 +95,7 @@ class Server:
         model = self._stage.model
         return wire.SessionOpened(self._leases.duration, model.hidden_size, tensors.dtype_name(model.dtype))
 
-    def _admit(self, key: SessionId, link: Link, message: wire.OpenSession) -> ServedSession:
+    async def _admit(self, key: SessionId, link: Link, message: wire.OpenSession) -> ServedSession:
         if self.draining:
             raise Draining("the peer is leaving")
         if message.model != self._model:
@@ -103,9 +103,14 @@ class Server:
         if message.end <= message.start or Span(message.start, message.end) not in self._stage.span:
             raise WrongModel(f"the peer hosts blocks {self._stage.span}, not {message.start}:{message.end}")
         self._leases.grant(key, message.batch * message.max_length, self._clock())
-        state = self._stage.open(Span(message.start, message.end), message.batch, message.max_length)
+        span = Span(message.start, message.end)
+        try:
+            state = await self._executor.run(lambda: self._stage.open(span, message.batch, message.max_length))
+        except BaseException:
+            self._leases.release(key)
+            raise
         session = self._sessions[key] = ServedSession(key, link, state)
-        log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.span)
+        log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.model.span)
         return session
 
     async def _dial(self, endpoint: wire.Endpoint | None) -> Link | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -28,14 +28,14 @@ class StepInput:
 class SessionState:
     """One session as this stage holds it. Only the compute thread touches it."""
 
-    span: Span
+    model: StageModel  # the part of the stage that it uses
     batch: int  # rows, at most
     max_length: int  # positions, at most
     cache: SessionCache
     number: int = 0  # of the last step that was run
     length: int = 0  # positions that it holds now
     rows: int = 0  # of the batch that it holds now
-    mask: torch.Tensor | None = field(default=None)  # [rows, length], None while there is no padding
+    mask: torch.Tensor | None = None  # [rows, length], None while there is no padding
 
 
 class Stage:
@@ -46,8 +46,9 @@ class Stage:
         self.span = model.span
 
     def open(self, span: Span, batch: int, max_length: int) -> SessionState:
-        """An empty session over `span`, a part of this stage's."""
-        return SessionState(span, batch, max_length, self.model.new_cache())
+        """An empty session over `span`, which may be a part of this stage's."""
+        model = self.model.part(span)
+        return SessionState(model, batch, max_length, model.new_cache())
 
     @torch.inference_mode()
     def run(self, state: SessionState, step: StepInput) -> torch.Tensor:
@@ -65,7 +66,7 @@ class Stage:
         self._check(state, step)
         self._rewind(state, step)
         mask = self._extended_mask(state, step)
-        output = self.model.forward(
+        output = state.model.forward(
             step.hidden.to(self.model.device, self.model.dtype),
             position=step.position,
             cache=state.cache,
@@ -108,7 +109,7 @@ class Stage:
     def _rewind(self, state: SessionState, step: StepInput) -> None:
         """Forget what lies after the step's position, and continue the rows it names: once, however often it comes."""
         if step.position == 0:
-            state.cache, state.mask, state.rows = self.model.new_cache(), None, step.hidden.shape[0]
+            state.cache, state.mask, state.rows = state.model.new_cache(), None, step.hidden.shape[0]
         elif step.position < state.length:
             rollback(state.cache, step.position)
         state.length = step.position

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from swarm.errors import CannotCut
+from swarm.errors import CannotCut, UsageError
 from swarm.types import Span
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class StageModel:
         self.model = skeleton.owner
         self.config: PreTrainedConfig = skeleton.owner.config
         self.hidden_size: int = self.config.hidden_size
-        self._whole_config = skeleton.config
+        self._skeleton = skeleton
+        self._parts: dict[Span, StageModel] = {}
         self.supports_rollback = not self.new_cache().is_stateful
         self._arguments = _accepted(type(self.model))
         self._true_input = self._output = _NOTHING
@@ -58,7 +60,26 @@ class StageModel:
         """An empty cache for one session."""
         from swarm.caches import SessionCache
 
-        return SessionCache(self._whole_config, self.span)
+        return SessionCache(self._skeleton.config, self.span)
+
+    def part(self, span: Span) -> StageModel:
+        """The stage of `span`, some of this one's blocks: modules of its own, the same weights.
+
+        Raises:
+            UsageError: this stage does not have those blocks.
+        """
+        if span == self.span:
+            return self
+        if span not in self.span:
+            raise UsageError(f"blocks {span} are not in {self.span}")
+        if span not in self._parts:
+            weights = [*self._skeleton.top.parameters(), *self._skeleton.top.buffers()]
+            skeleton = copy.deepcopy(self._skeleton, {id(weight): weight for weight in weights})
+            for block in skeleton.blocks:
+                block.__dict__.pop("forward", None)  # what `_splice` put there is this stage's
+            skeleton.compact(Span(span.start - self.span.start, span.end - self.span.start))
+            self._parts[span] = StageModel(skeleton, span, self.device)
+        return self._parts[span]
 
     @torch.inference_mode()
     def forward(

@@ -27,6 +27,7 @@ from swarm.session import Session, StepMeta
 from swarm.types import ModelId, Route, Span
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
 
@@ -93,7 +94,7 @@ def _close_session(session: Session, background: BackgroundLoop) -> None:
 class _Call(threading.local):
     """What the forward under way in this thread was given beside the hidden states."""
 
-    cache: SwarmCache
+    cache: SwarmCache | None = None
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     keep: int = 0
@@ -102,11 +103,14 @@ class _Call(threading.local):
 class Chain:
     """The swarm as the one block of a model: hidden states in, hidden states out."""
 
-    def __init__(self, background: BackgroundLoop, network: Network, model: ModelId, blocks: int, wait: float) -> None:
+    def __init__(
+        self, background: BackgroundLoop, network: Network, model: ModelId, config: PreTrainedConfig, wait: float
+    ) -> None:
         self.background = background
         self.network = network
         self.model = model
-        self.num_blocks = blocks
+        self.num_blocks = num_blocks(config)
+        self.context = context_of(config)
         self.wait = wait
         self.on_missing: Callable[[tuple[Span, ...]], None] | None = None
         self.call = _Call()
@@ -117,7 +121,9 @@ class Chain:
         Where the call keeps only its last positions, the others come back as zeros: nobody looks at them.
         """
         call, cache = self.call, self.call.cache
+        assert cache is not None  # `SwarmMixin._bind` has put one there
         rows, count, _ = hidden.shape
+        self._check_length(cache.length, count)
         meta = StepMeta(
             position=cache.length,
             keep=call.keep if call.keep < count else 0,
@@ -134,6 +140,12 @@ class Chain:
             output = torch.cat([hidden.new_zeros(rows, count - output.shape[1], output.shape[2]), output], dim=1)
         return output
 
+    def _check_length(self, before: int, count: int) -> None:
+        if not count:
+            raise UsageError("the input is empty: there is no token to go on from")
+        if self.context is not None and before + count > self.context:
+            raise UsageError(f"{before + count} tokens are more than the model's context of {self.context}")
+
     async def _step(self, cache: SwarmCache, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         if cache.session is None:
             length = max(cache.max_length, meta.position + hidden.shape[1])
@@ -148,6 +160,12 @@ class Chain:
             cache.bind(session, self.background)
         assert cache.session is not None
         return await cache.session.step(hidden, meta)
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model can look back on, None where its config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def _unusual_positions(ids: torch.Tensor | None, start: int, rows: int, count: int) -> torch.Tensor | None:
@@ -198,7 +216,7 @@ class SwarmMixin:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
     ) -> None:
         """Called by `generate()`: the session's cache, sized for the whole answer."""
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SwarmCache(max_cache_length + 1)
 
     def _supports_default_dynamic_cache(self) -> bool:
@@ -260,13 +278,15 @@ class SwarmModelForCausalLM:
         try:
             network = background.run(Network.start(list(initial_peers)))
             background.at_close(network.close)
-            chain = Chain(background, network, checkpoint.model_id, num_blocks(checkpoint.config()), wait)
+            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), wait)
             chain.on_missing = on_missing
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
         except BaseException:
             background.close()
             raise
         model.chain = chain  # type: ignore[assignment]
+        if model.generation_config is not None:
+            model.generation_config.use_cache = True  # without one, every token would send the whole text again
         _wrap_forward(model)
         model.train(False)
         return model
@@ -289,8 +309,12 @@ def _wrap_forward(model: Any) -> None:
         bound = model._bind(given)
         try:
             with torch.no_grad():
-                return inner(**bound)
+                output = inner(**bound)
+            if throwaway:
+                output.past_key_values = None  # or generate() would go on with it
+            return output
         finally:
+            model.chain.call.cache = None
             if throwaway:
                 bound["past_key_values"].close()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm.client import SwarmCache
+from swarm.client import SwarmCache, context_of
 from swarm.errors import UsageError
 from swarm.hub import resolve
 
@@ -49,6 +49,7 @@ class Conversation:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.context = context_of(model.config)
         self._cache: SwarmCache | None = None
         self._seen: list[int] = []  # the tokens that the session of `_cache` holds
 
@@ -69,12 +70,6 @@ class Conversation:
         if limit and len(ids) >= limit:
             raise UsageError(f"the prompt has {len(ids)} tokens; the model's context is {limit} with the answer")
         return list(ids)
-
-    @property
-    def context(self) -> int | None:
-        """How many tokens the model can look back on, None where its config does not say."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
 
     def answer(self, prompt: list[int], on_text: Callable[[str], None] | None = None, **generation: Any) -> Answer:
         """Generate after `prompt`, telling `on_text` each piece as it comes. `generation` goes to `generate()`.

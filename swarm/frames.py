@@ -134,6 +134,8 @@ class FrameReader:
             return 0
         self.frames += 1
         header = bytes(self._view[inner : inner + header_length])
+        if kind is FrameKind.HANDSHAKE:
+            self.handshaking = False  # each side says one; what comes right behind it may be in the same read
         if kind is FrameKind.BEGIN:
             self._begin(stream, header, body_length)
         else:

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 
 from swarm import tensors, wire
-from swarm.errors import BadTensor, Closed, DeadlineExceeded, Malformed, NoRoom, RemoteError, Unreachable, from_wire
+from swarm.errors import (
+    BadTensor,
+    Closed,
+    DeadlineExceeded,
+    Malformed,
+    NoRoom,
+    NoRoute,
+    RemoteError,
+    Unreachable,
+    from_wire,
+)
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, ModelId, PeerId, Route, SessionId
 
@@ -112,20 +122,30 @@ class Session:
             RemoteError: what the last attempt met.
         """
         avoid: set[PeerId] = set()
+        last: RemoteError | None = None
         self._owner.add(self)
-        for attempt in itertools.count(1):
-            route = await self._find_route(avoid)
+        for _ in range(MAX_OPEN_ATTEMPTS):
+            try:
+                route = await self._find_route(avoid)
+            except NoRoute:
+                if last is None:
+                    raise
+                break  # what is to be avoided says more than that nothing else is left
             try:
                 self._links = await self._open_hops(route)
             except RemoteError as error:
                 log.info("cannot open route=%s error=%r", route, str(error))
                 self._tell_hops(route)
-                if attempt == MAX_OPEN_ATTEMPTS or not error.peer or error.peer in avoid:
+                if not error.peer or error.peer in avoid:
                     raise
                 avoid.add(PeerId(error.peer))
+                last = error
                 continue
             self.route = route
             break
+        if self.route is None:
+            assert last is not None
+            raise last
         for link in self._links:
             link.on_lost.add(self._lost)
         self._alive = asyncio.get_running_loop().create_task(self._keep_alive())

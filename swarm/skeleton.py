@@ -107,6 +107,7 @@ class Skeleton:
                     setattr(module, attribute, index - span.start)
         _slice_properties(self.owner.config, span, self.count)
         slice_config(self.owner.config, span, self.count)
+        self.count = len(span)
 
     def keep_ends(self, chain: Callable[[torch.Tensor], torch.Tensor], returns: int) -> None:
         """Put one block in place of all, which has no weights and passes what comes in through `chain`.

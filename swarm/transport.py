@@ -238,7 +238,6 @@ class TcpConnection(asyncio.BufferedProtocol):
             self.peer = PeerId(message.peer)
         else:
             raise Malformed(f"{type(message).__name__} at the wrong time")
-        self._reader.handshaking = False
         self.ready.set_result(None)
         self._watch_frames()
 

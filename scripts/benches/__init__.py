@@ -1,0 +1,12 @@
+"""What `scripts/bench` measures: one module per bench, each with `measure(plan) -> list[Row]`."""
+
+from __future__ import annotations
+
+BENCHES = {
+    "single": "one sequence through 1, 2 and 3 stages, against the whole model in one process",
+    "hop": "what a hop adds to a token",
+    "startup": "from launching two peers to a client's first token",
+    "memory": "what a peer with the whole model takes, and in how many processes",
+    "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
+}
+"""Every bench by its name, which is its module's, in the order in which `all` runs them."""
