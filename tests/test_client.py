@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from inprocess import Swarm, running_swarm, save_llama
-from transformers import set_seed
+from transformers import DynamicCache, set_seed
 
 from swarm import SwarmCache, SwarmModelForCausalLM
 from swarm.errors import CannotJoin, NoRoom, NoRoute, UsageError
@@ -115,8 +115,6 @@ def test_streamer_hears_every_token(model: Any) -> None:
 
 def test_repeated_calls_on_one_cache(whole: Any, model: Any) -> None:
     """Generate, add a turn, generate on: only what is new is sent."""
-    from transformers import DynamicCache
-
     texts = []
     for each, cache in ((whole, DynamicCache(config=whole.config)), (model, SwarmCache())):
         ids = PROMPT
@@ -210,7 +208,7 @@ def test_leases_are_given_back(swarm: Swarm, model: Any) -> None:
 async def until(true: Any) -> None:
     """Wait for what no event tells of."""
     async with asyncio.timeout(10):
-        while not true():
+        while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -225,8 +223,6 @@ def test_what_is_no_input_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match="context"):
         model(torch.zeros(1, 257, dtype=torch.long))
     with pytest.raises(UsageError, match="past_key_values"):
-        from transformers import DynamicCache
-
         model(PROMPT, past_key_values=DynamicCache())
 
 
@@ -260,5 +256,5 @@ def test_it_waits_for_blocks_that_are_missing(tmp_path: Path, swarm: Swarm) -> N
 
 def test_a_swarm_that_does_not_answer(folder: Path) -> None:
     peer = "12D3KooWBzPTxnLRtQrUsYkzxnBQBGkjjRnCNZB2UYbBbGnqjnF5"
-    with pytest.raises((CannotJoin, UsageError), match="127.0.0.1"):
+    with pytest.raises((CannotJoin, UsageError), match=r"127\.0\.0\.1"):
         SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[f"/ip4/127.0.0.1/tcp/9/p2p/{peer}"])
