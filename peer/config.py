@@ -65,7 +65,7 @@ class ServeSettings(_Settings):
     num_blocks: Annotated[int, Field(ge=1)] | None = None
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 16384
+    cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("blocks")

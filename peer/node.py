@@ -28,6 +28,7 @@ from swarm.transport import TcpTransport
 from swarm.types import Address, Offer, Span, State
 
 if TYPE_CHECKING:
+    from peer.capacity import Capacity
     from peer.server import Server
     from peer.stage import Stage
 
@@ -95,7 +96,7 @@ class Node:
         self.rpc = Rpc(self.transport)
         self.discovery: Discovery | None = None
         self.server: Server | None = None
-        self.leases = Leases(settings.cache_tokens)
+        self.leases = Leases(0)  # until the stage is there and its memory is known
         self.executor = Executor()
         self._offer: Offer | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -120,7 +121,8 @@ class Node:
     async def _first_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
         assert self.discovery is not None
         model = await asyncio.to_thread(lambda: checkpoint.model_id)
-        blocks = await asyncio.to_thread(_count_blocks, checkpoint)
+        # In the one thread that imports transformers: seen from another, it may be half there.
+        blocks = await self.executor.run(lambda: _count_blocks(checkpoint))
         span = await self._choose(model, blocks)
         announce = parse_address(self.settings.announce) if self.settings.announce else listening
         settings = self.settings
@@ -134,8 +136,8 @@ class Node:
             state=State.JOINING,
             dtype=settings.dtype,
             tokens_per_second=0.0,
-            cache_tokens=settings.cache_tokens,
-            cache_free=settings.cache_tokens,
+            cache_tokens=settings.cache_tokens or 0,
+            cache_free=0,
             sessions=0,
             version=swarm.__version__,
             issued=0.0,
@@ -157,18 +159,22 @@ class Node:
         return choose_span(await self.discovery.offers(ModelId(model), blocks), blocks, count)
 
     async def _serve(self, folder: Path, offer: Offer) -> None:
-        stage, speed = await self.executor.run(lambda: self._load(folder, offer.span))
+        from peer.capacity import available_memory, cache_tokens
         from peer.server import Server
 
+        stage, capacity = await self.executor.run(lambda: self._load(folder, offer.span))
+        tokens = cache_tokens(self.settings.cache_tokens, capacity, available_memory(stage.model.device))
+        self.leases.capacity = tokens
         self.server = Server(self.rpc, stage, self.executor, self.leases, offer.model)
-        await self._publish(state=State.ONLINE, tokens_per_second=speed)
-        log.info("online blocks=%s dtype=%s tokens_per_second=%.1f", offer.span, offer.dtype, speed)
+        speed = capacity.tokens_per_second
+        await self._publish(state=State.ONLINE, tokens_per_second=speed, cache_tokens=tokens, cache_free=tokens)
+        log.info("online blocks=%s dtype=%s tokens_per_second=%.1f cache=%s", offer.span, offer.dtype, speed, tokens)
         self._keeper = asyncio.create_task(self._keep())
 
-    def _load(self, folder: Path, span: Span) -> tuple[Stage, float]:
+    def _load(self, folder: Path, span: Span) -> tuple[Stage, Capacity]:
         import torch
 
-        from peer.capacity import decode_speed
+        from peer.capacity import measure
         from peer.stage import Stage
         from swarm.model import load_stage
 
@@ -182,7 +188,7 @@ class Node:
             progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
         )
         stage = Stage(model)
-        return stage, decode_speed(stage)
+        return stage, measure(stage)
 
     async def _publish(self, **changes: object) -> None:
         assert self._offer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import cache_utils
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -41,6 +42,11 @@ class SessionCache(cache_utils.DynamicCache):
         plain = cache_utils.DynamicLayer, cache_utils.DummyLayer
         folds = cache_utils.LinearAttentionCacheLayerMixin
         return any(isinstance(layer, folds) or not isinstance(layer, plain) for layer in self.layers)
+
+    def nbytes(self) -> int:
+        """What the tensors of all layers take, in bytes."""
+        tensors = (value for layer in self.layers for value in vars(layer).values())
+        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], cache_utils.DynamicLayer):

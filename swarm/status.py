@@ -52,7 +52,7 @@ def as_table(model: ModelId, offers: Sequence[Offer]) -> RenderableType:
     for column in ("peer", "blocks", "state", "tokens/s", "cache", "sessions", "dtype", "address", "version"):
         table.add_column(column, justify="right" if column in ("tokens/s", "cache", "sessions") else "left")
     for offer in sorted(offers, key=lambda offer: (offer.span, offer.peer)):
-        used = 1.0 - offer.cache_free / offer.cache_tokens
+        used = 1.0 - offer.cache_free / offer.cache_tokens if offer.cache_tokens else 0.0
         table.add_row(
             offer.peer[-8:],
             str(offer.span),

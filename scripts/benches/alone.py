@@ -34,8 +34,10 @@ def main() -> None:
     """Load, generate, say so, wait."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     ids = torch.tensor([_PROMPT])
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=int(sys.argv[2]))

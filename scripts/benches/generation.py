@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from swarm.conversation import load_tokenizer
 
@@ -53,6 +54,7 @@ def prompt(folder: Path) -> torch.Tensor:
 def whole_model(folder: Path) -> Any:
     """The reference: the model in this process, in fp32 with one thread."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from processes import Failed, LocalSwarm
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from benches.generation import generate, whole_model
 from benches.plan import Plan
@@ -38,7 +39,7 @@ def measure(plan: Plan) -> list[Row]:
         case = f"hop: {peers} peer{'s' if peers > 1 else ''}"
         rows.append(Rounds([each / peers for each in milliseconds]).row(case, "ms/hop", MUST))
     slope = (added[PEERS[-1]] - added[PEERS[0]]) / (PEERS[-1] - PEERS[0])
-    return [*rows, Row(f"hop: slope from {PEERS[0]} to {PEERS[-1]} peers", slope, "ms/hop")]
+    return [*rows, Row(f"hop: slope, {PEERS[0]} to {PEERS[-1]} peers", slope, "ms/hop")]
 
 
 def _tiny_model(folder: Path, blocks: int) -> Path:
@@ -52,6 +53,7 @@ def _tiny_model(folder: Path, blocks: int) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=1024,
     )
+    logging.disable_progress_bar()
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -101,7 +101,8 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 def table(rows: Sequence[Row]) -> Table:
     """For a person to read."""
-    result = Table("case", box=None, pad_edge=False, header_style="bold")
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    result.add_column("case", no_wrap=True)
     for column in ("value", "unit", "reference", "ratio", "spread", "must", ""):
         result.add_column(column, justify="left" if column in ("unit", "must", "") else "right")
     for row in rows:

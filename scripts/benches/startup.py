@@ -40,7 +40,7 @@ def measure(plan: Plan) -> list[Row]:
             lambda: _first_token(local, folder, blocks, ids),
             lambda: _first_token_alone(folder),
         )
-    return [rounds.row("startup: two peers to the first token", "s", MUST)]
+    return [rounds.row("startup: two peers", "s", MUST)]
 
 
 def _first_token(local: LocalSwarm, folder: Path, blocks: int, ids: torch.Tensor) -> float:
