@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import shlex
 import time
+from collections import deque
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.live import Live
@@ -14,7 +16,20 @@ from rich.text import Text
 
 import swarm
 from peer.config import BootstrapSettings, ServeSettings, load
-from swarm.terminal import ProgressBars, console, errors_told, run, set_up_logging, spread, unless_stopped
+from swarm.errors import RemoteError, UsageError
+from swarm.terminal import (
+    ProgressBars,
+    addresses_in,
+    console,
+    errors_told,
+    run,
+    run_app,
+    set_up_logging,
+    unless_stopped,
+)
+
+if TYPE_CHECKING:
+    from peer.node import Node, Status
 
 app = typer.Typer(
     name="peer",
@@ -25,15 +40,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
-STATUS_SECONDS = 0.5
+STATUS_SECONDS = 0.5  # between two looks for the live line
+LOG_SECONDS = 30.0  # and where there is no terminal
 
 InitialPeers = Annotated[
     list[str] | None,
     typer.Option(
         "--initial-peers",
         metavar="ADDR...",
-        help="Addresses of any peers of the swarm to join, as they were printed there. "
-        "Without one, a new swarm begins.",
+        help="Any peers of the swarm to join, by the addresses that they printed. Without one, a new swarm begins.",
         show_default=False,
     ),
 ]
@@ -41,8 +56,8 @@ Listen = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Where to take connections (the DHT takes PORT + 1). Port 0 is any free one. "
-        "Default 127.0.0.1:0, this machine alone; 0.0.0.0:PORT for others.",
+        help="Where to take connections; the DHT takes PORT + 1. Port 0 is any free one. "
+        "Default 127.0.0.1:0, for this machine alone; 0.0.0.0:31330, say, is for all.",
         show_default=False,
     ),
 ]
@@ -52,12 +67,15 @@ Announce = Annotated[
 ]
 IdentityFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The peer's key; made on first start. Default ~/.local/share/shoal/identity.key"),
+    typer.Option(
+        metavar="FILE",
+        help="The peer's key, made on first start. Default identity.key in ~/.local/share/shoal.",
+    ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="TOML with any of these options (see configs/).")
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML with any of these options; see configs/.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, not warnings alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
 def _version(wanted: bool) -> None:
@@ -68,7 +86,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     """Options are taken from the command line, else from SHOAL_... variables, else from --config FILE."""
 
@@ -77,26 +97,37 @@ def _root(
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder, a short name or a hub id. Default smollm2-135m-instruct."),
+        typer.Argument(metavar="MODEL", help="A folder, a short name or a hub id. Default smollm2-135m-instruct."),
     ] = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="A:B", help="The blocks to host: from A up to, not including, B.")
     ] = None,
     num_blocks: Annotated[
-        int | None, typer.Option(help="How many blocks to host; which, the swarm's need decides. Default: all.")
+        int | None,
+        typer.Option(metavar="N", help="How many blocks to host; which, the swarm's need decides. Default: all."),
     ] = None,
     initial_peers: InitialPeers = None,
     listen: Listen = None,
     announce: Announce = None,
     identity: IdentityFile = None,
-    device: Annotated[str | None, typer.Option(metavar="cpu|cuda|mps", help="Where to compute. Default cpu.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default), cuda or mps.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="float32|bfloat16|float16", help="What to compute in. Default float32.")
+        str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16: what to compute in.")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that all sessions together may hold in the KV cache. Default 16384.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens that all sessions together may hold in the KV cache. Default 16384, or what memory allows.",
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads. Default: as many as there are cores.")] = None,
+    lease_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="How long to keep the cache of a client that is not heard of. Default 30."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
+    ] = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
@@ -105,18 +136,19 @@ def serve(
         "model": model,
         "blocks": blocks,
         "num_blocks": num_blocks,
-        "initial_peers": initial_peers or None,
+        "initial_peers": addresses_in(initial_peers or []) or None,
         "listen": listen,
         "announce": announce,
         "identity": identity,
         "device": device,
         "dtype": dtype,
         "cache_tokens": cache_tokens,
+        "lease_seconds": lease_seconds,
         "threads": threads,
     }
     set_up_logging(verbose)
     with errors_told():
-        settings: ServeSettings = load(ServeSettings, config, given)
+        settings = load(ServeSettings, config, given)
     run(lambda stop: _serve(settings, stop))
 
 
@@ -131,65 +163,94 @@ def bootstrap(
 ) -> None:
     """Run a DHT node alone: a fixed address by which others join. It hosts no blocks."""
     given: dict[str, Any] = {
-        "initial_peers": initial_peers or None,
+        "initial_peers": addresses_in(initial_peers or []) or None,
         "listen": listen,
         "announce": announce,
         "identity": identity,
     }
     set_up_logging(verbose)
     with errors_told():
-        settings: BootstrapSettings = load(BootstrapSettings, config, given)
-    run(lambda stop: _bootstrap(settings, stop))
+        settings = load(BootstrapSettings, config, given)
+    run(lambda stop: unless_stopped(_bootstrap(settings), stop))
 
 
 async def _serve(settings: ServeSettings, stop: asyncio.Event) -> None:
     from peer.node import Node, identity_of
 
     bars = ProgressBars()
+    bars("starting", 0, 0)
     node = Node(settings, identity_of(settings), bars)
     try:
+        _check_device(settings.device)
         if not await unless_stopped(node.start(), stop):
             return
         bars.stop()
         assert node.discovery is not None
-        _print_invitation(node.discovery.addresses, f"peer serve {settings.model}", bool(settings.initial_peers))
+        _print_invitation(node.discovery.addresses, _command_of(settings.model), bool(settings.initial_peers))
         await unless_stopped(_show_status(node), stop)
     finally:
         bars.stop()
         await node.close()
 
 
-async def _show_status(node: Any) -> None:
+def _check_device(name: str) -> None:
+    """Raise `UsageError` where this machine has no such device."""
+    if name == "cpu":
+        return
+    import torch
+
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not present[name]():
+        raise UsageError(f"--device {name}: torch finds none on this machine; use cpu")
+
+
+def _command_of(model: str) -> str:
+    """What another machine would run. A folder of this one is spelled out: it is wanted there as well."""
+    return f"peer serve {shlex.quote(str(Path(model).resolve()) if Path(model).is_dir() else model)}"
+
+
+async def _show_status(node: Node) -> None:
     """One live line on a terminal; where there is none, a log line now and then."""
-    before, looked = 0, time.monotonic()
-    interval = STATUS_SECONDS if console.is_terminal else 30.0
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    meter = _Meter()
+    with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext() as live:
         while True:
-            status = await node.status()
-            now = time.monotonic()
-            speed = (status.tokens - before) / max(now - looked, 1e-3)
-            before, looked = status.tokens, now
-            line = (
-                f"blocks={status.span} state={status.state} sessions={status.sessions} tokens/s={speed:.1f} "
-                f"cache={status.cache_used}/{status.cache_tokens} peers={status.peers}"
-            )
-            if console.is_terminal:
-                live.update(Text(line, style="cyan"), refresh=True)
-            else:
-                console.print(line)
-            await asyncio.sleep(interval)
+            with suppress(RemoteError):  # the DHT is being restarted: the last line stays
+                line = _status_line(await node.status(), meter)
+                if live is None:
+                    console.print(line, soft_wrap=True)
+                else:
+                    live.update(Text(line, style="cyan", no_wrap=True, overflow="ellipsis"), refresh=True)
+            await asyncio.sleep(LOG_SECONDS if live is None else STATUS_SECONDS)
 
 
-async def _bootstrap(settings: BootstrapSettings, stop: asyncio.Event) -> None:
+def _status_line(status: Status, meter: _Meter) -> str:
+    return (
+        f"blocks={status.span} state={status.state} sessions={status.sessions} "
+        f"tokens/s={meter.speed(status.tokens, time.monotonic()):.1f} "
+        f"cache={status.cache_used}/{status.cache_tokens} peers={status.peers}"
+    )
+
+
+class _Meter:
+    """A count that grows to how fast it did of late: over a few looks, or it flickers."""
+
+    def __init__(self, looks: int = 5) -> None:
+        self._looks: deque[tuple[int, float]] = deque(maxlen=looks)
+
+    def speed(self, count: int, now: float) -> float:
+        """Per second, when the count is `count` at `now`."""
+        self._looks.append((count, now))
+        before, then = self._looks[0]
+        return (count - before) / (now - then) if now > then else 0.0
+
+
+async def _bootstrap(settings: BootstrapSettings) -> None:
     from peer.config import parse_address
     from peer.node import identity_of, start_discovery
 
-    discovery = await start_discovery(settings, identity_of(settings), parse_address(settings.listen).port)
-    try:
+    async with await start_discovery(settings, identity_of(settings), parse_address(settings.listen).port) as discovery:
         _print_invitation(discovery.addresses, "peer serve", bool(settings.initial_peers))
-        await stop.wait()
-    finally:
-        await discovery.close()
+        await asyncio.Event().wait()  # until it is cancelled
 
 
 def _print_invitation(addresses: list[str], command: str, joined: bool) -> None:
@@ -199,6 +260,6 @@ def _print_invitation(addresses: list[str], command: str, joined: bool) -> None:
         typer.echo(f"  {command} --initial-peers {address}")
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script."""
-    app(spread(sys.argv[1:]))
+    run_app(app)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -18,9 +20,15 @@ from swarm.errors import UsageError
 from swarm.hub import DEFAULT_MODEL
 from swarm.types import Address, Span
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_PREFIX = "SHOAL_"  # of environment variables
+_EXTRA = "extra_forbidden"  # pydantic's name of the mistake
+
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(extra="forbid", env_prefix="SHOAL_", frozen=True)
+    model_config = SettingsConfigDict(extra="forbid", env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
 
     initial_peers: Annotated[list[str], NoDecode] = []
     listen: str = "127.0.0.1:0"
@@ -30,7 +38,7 @@ class _Settings(BaseSettings):
     @field_validator("initial_peers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """An environment variable holds several addresses with commas or spaces between."""
+        """A string holds several addresses with commas or spaces between."""
         return value.replace(",", " ").split() if isinstance(value, str) else value
 
     @field_validator("listen", "announce")
@@ -66,6 +74,7 @@ class ServeSettings(_Settings):
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("blocks")
@@ -76,21 +85,43 @@ class ServeSettings(_Settings):
         return value
 
 
-def load(kind: type[_Settings], file: Path | None, given: dict[str, Any]) -> Any:
+_Kind = TypeVar("_Kind", bound=_Settings)
+
+
+def load(kind: type[_Kind], file: Path | None, given: dict[str, Any]) -> _Kind:
     """Settings of `kind` from `file`, the environment (`SHOAL_...`) and what was `given` on the command line.
 
     Raises `UsageError` naming the field that is wrong.
     """
     if file is not None and not file.is_file():
         raise UsageError(f"there is no configuration file {file}")
-    layered = type(kind.__name__, (kind,), {"model_config": {**kind.model_config, "toml_file": file}})
+    layered: Any = type(kind.__name__, (kind,), {"model_config": {**kind.model_config, "toml_file": file}})
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        return layered(**{name: value for name, value in given.items() if value is not None})
+        settings: _Kind = layered(**given)
+        return settings
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        raise UsageError(problems.replace("Value error, ", "")) from None
-    except ValueError as error:  # TOML that is none, or an environment variable that is no list
-        raise UsageError(f"{file or 'environment'}: {error}") from None
+        raise UsageError("; ".join(_explained(problem, kind, file, given) for problem in error.errors())) from None
+    except (ValueError, OSError) as error:  # it is no TOML, or may not be read
+        raise UsageError(f"{file}: {error}") from None
+
+
+def _explained(problem: ErrorDetails, kind: type[_Settings], file: Path | None, given: dict[str, Any]) -> str:
+    """One of pydantic's complaints in our words, with the place that the value came from."""
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == _EXTRA:
+        close = difflib.get_close_matches(name, kind.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kind.model_fields)}"
+        return f"{file}: no option is called {name}; {hint}"
+    variable = f"{_PREFIX}{name}".upper()
+    if name in given:
+        where = f"--{name.replace('_', '-')}"
+    else:
+        where = variable if os.environ.get(variable) else f"{file}: {name}"
+    what = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "value_error":  # our own name the value
+        what = f"{what[0].lower()}{what[1:]}, not {problem['input']!r}"
+    return f"{where}: {what}"
 
 
 def parse_span(text: str) -> Span:

@@ -96,7 +96,7 @@ class Node:
         self.rpc = Rpc(self.transport)
         self.discovery: Discovery | None = None
         self.server: Server | None = None
-        self.leases = Leases(0)  # until the stage is there and its memory is known
+        self.leases = Leases(0, settings.lease_seconds)  # until the stage is there and its memory is known
         self.executor = Executor()
         self._offer: Offer | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -113,9 +113,10 @@ class Node:
             checkpoint = await asyncio.to_thread(Checkpoint, folder)
             self._offer = await self._first_offer(checkpoint, address)
             await self.discovery.publish(self._offer)
-        finally:
-            await asyncio.wait({heavy})
-        heavy.result()
+        except BaseException:
+            heavy.cancel()  # whoever is to hear of a mistake, or pressed Ctrl-C, does not wait for it
+            raise
+        await heavy
         await self._serve(folder, self._offer)
 
     async def _first_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
@@ -129,7 +130,7 @@ class Node:
         return Offer(
             peer=self.identity.peer,
             model=model,
-            name=Path(settings.model).name[:64],
+            name=Path(settings.model).resolve().name[:64],
             num_blocks=blocks,
             span=span,
             addresses=(Address(announce.host, announce.port or listening.port),),

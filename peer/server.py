@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,8 +15,20 @@ from peer.cache import Leases
 from peer.executor import Executor
 from peer.stage import SessionState, Stage, StepInput
 from swarm import tensors, wire
-from swarm.errors import Busy, Draining, Internal, RemoteError, ShoalError, UnknownSession, WrongModel, to_wire
+from swarm.errors import (
+    Busy,
+    Draining,
+    Forgotten,
+    Internal,
+    ProtocolError,
+    RemoteError,
+    ShoalError,
+    UnknownSession,
+    WrongModel,
+    to_wire,
+)
 from swarm.frames import Buffer
+from swarm.history import History
 from swarm.rpc import Link, Reply, Rpc
 from swarm.types import Address, ModelId, PeerId, SessionId, Span
 from swarm.wire import Message
@@ -23,6 +36,8 @@ from swarm.wire import Message
 log = logging.getLogger(__name__)
 
 MAX_WAITING_STEPS = 256  # steps of one session that may wait for the compute thread
+REPLAY_POSITIONS = 256  # of a replayed step, at most: other sessions' steps go between
+BACKUP_BYTES = 256 * 1024 * 1024  # of what was passed on, of all sessions together
 
 
 class ServedSession:
@@ -34,6 +49,7 @@ class ServedSession:
         self.state = state
         self.next: wire.Endpoint | None = None
         self.next_link: Link | None = None
+        self.history: History | None = History()  # what was passed on; None where that was too much to keep
         self.epoch = 0
         self.waiting = 0  # steps given to the compute thread and not yet done
         self.outbox: deque[tuple[Message, Sequence[Buffer]]] = deque()  # while the way is not free
@@ -62,9 +78,11 @@ class Server:
         self._clock = clock
         self._sessions: dict[SessionId, ServedSession] = {}
         self.draining = False
+        self._backup = 0  # bytes of all sessions' histories
         self.tokens = 0  # positions that were run so far, of all rows
         rpc.answer(wire.OpenSession, self._open)
         rpc.answer(wire.KeepAlive, self._keep_alive)
+        rpc.answer(wire.Replay, self._replay)
         rpc.listen(wire.CloseSession, self._close)
         rpc.listen(wire.Step, self._step)
         rpc.listen(wire.StepFailed, self._failed_downstream)
@@ -92,8 +110,7 @@ class Server:
             if session.state.number == 0:
                 self._forget(key)
             raise
-        model = self._stage.model
-        return wire.SessionOpened(self._leases.duration, model.hidden_size, tensors.dtype_name(model.dtype))
+        return wire.SessionOpened(self._leases.duration, session.state.number, session.state.length)
 
     async def _admit(self, key: SessionId, link: Link, message: wire.OpenSession) -> ServedSession:
         if self.draining:
@@ -122,7 +139,7 @@ class Server:
         session = self._of_client(link, message.session)
         session.client = link
         self._leases.renew(session.key, self._clock())
-        return wire.Done()
+        return wire.Alive(session.state.number, session.epoch, session.waiting)
 
     def _close(self, link: Link, message: wire.CloseSession, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) and session.client.peer == link.peer:
@@ -135,7 +152,8 @@ class Server:
         return session
 
     def _forget(self, key: SessionId) -> None:
-        self._sessions.pop(key, None)
+        if (session := self._sessions.pop(key, None)) is not None:
+            self._drop_history(session)
         self._leases.release(key)
 
     def expire(self) -> None:
@@ -159,36 +177,81 @@ class Server:
                 raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
             step = _step_input(message, body)
         except RemoteError as error:
-            self._refuse(session.client, message, error)
+            self._refuse(session.client, message, _blamed(error, link, session))
             return
         self._leases.renew(session.key, self._clock())
         session.waiting += 1
         self._executor.submit(
             lambda: self._stage.run(session.state, step),
-            lambda output, error: self._ran(session, message, body, output, error),
+            lambda output, error: self._ran(session, link, message, step, output, error),
         )
 
     def _ran(
         self,
         session: ServedSession,
+        link: Link,
         message: wire.Step,
-        body: memoryview,
+        step: StepInput,
         output: torch.Tensor | None,
         error: BaseException | None,
     ) -> None:
         session.waiting -= 1
         if output is None:
-            self._refuse(session.client, message, error or Internal("no output"))
+            self._refuse(session.client, message, _blamed(error or Internal("no output"), link, session))
             return
-        if session.next is None:
+        if message.replay != 1:
+            self._pass_on(session, message, step, output)
+        self._keep(session, step, output)
+        self.tokens += output.shape[0] * output.shape[1]
+
+    def _pass_on(self, session: ServedSession, message: wire.Step, step: StepInput, output: torch.Tensor) -> None:
+        if session.next is not None:
+            onward = replace(step, hidden=output)
+            replay = max(message.replay - 1, 0)
+            header, body = step_message(session.key, message.epoch, message.keep, onward, replay)
+            self._send(session, session.next_link, header, body)
+        elif not message.replay:
             kept = output[:, -message.keep :] if message.keep else output
             answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(kept))
             self._send(session, session.client, answer, tensors.encode([kept]))
-        else:
-            onward = tensors.encode([output])
-            extras = body[len(body) - _extra_bytes(message) :]
-            self._send(session, session.next_link, _onward(message, output), [*onward, extras])
-        self.tokens += output.shape[0] * output.shape[1]
+
+    def _keep(self, session: ServedSession, step: StepInput, output: torch.Tensor) -> None:
+        """Upstream backup: remember what was passed on, as long as there is room for it."""
+        if session.next is None:
+            return
+        if step.position == 0 and session.history is None:
+            session.history = History()
+        if session.history is not None and session.history.length < step.position:
+            self._drop_history(session)  # it was the last hop before, and kept nothing
+        if session.history is None:
+            return
+        before = session.history.nbytes
+        session.history.record(step.number, step.position, output, step.rows, step.position_ids, step.mask)
+        self._backup += session.history.nbytes - before
+        while self._backup > BACKUP_BYTES:
+            largest = max(self._sessions.values(), key=lambda one: one.history.nbytes if one.history else 0)
+            self._drop_history(largest)
+
+    def _drop_history(self, session: ServedSession) -> None:
+        if session.history is not None:
+            self._backup -= session.history.nbytes
+            session.history = None
+
+    async def _replay(self, link: Link, message: wire.Replay, body: memoryview) -> Reply:
+        session = self._of_client(link, message.session)
+        if session.next is None:
+            raise Forgotten("nothing comes after this hop")
+        # What was given to the compute thread before is part of the history, once it has been run.
+        await self._executor.run(lambda: None)
+        history = session.history
+        if history is None or history.length < message.end:
+            raise Forgotten(f"{history.length if history else 0} of {message.end} positions are kept")
+        session.epoch = max(session.epoch, message.epoch)
+        for piece in history.pieces(message.start, message.end, REPLAY_POSITIONS):
+            step = StepInput(history.number, piece.position, piece.hidden, None, piece.position_ids, piece.mask)
+            header, pieces = step_message(session.key, message.epoch, 0, step, message.hops)
+            self._send(session, session.next_link, header, pieces)
+        return wire.Done()
 
     def _send(self, session: ServedSession, link: Link | None, message: Message, body: Sequence[Buffer]) -> None:
         """At once where the way is free, else in the background; always in order."""
@@ -235,6 +298,26 @@ class Server:
             self._rpc.spawn(link.notify(message))
 
 
+def step_message(
+    key: bytes, epoch: int, keep: int, step: StepInput, replay: int = 0
+) -> tuple[wire.Step, Sequence[Buffer]]:
+    """A step as it goes to the next hop."""
+    extras = [extra for extra in (step.position_ids, step.mask) if extra is not None]
+    header = wire.Step(
+        key,
+        epoch,
+        step.number,
+        step.position,
+        keep,
+        tensors.spec_of(step.hidden),
+        step.rows,
+        None if step.position_ids is None else tensors.spec_of(step.position_ids),
+        None if step.mask is None else tensors.spec_of(step.mask),
+        replay,
+    )
+    return header, tensors.encode([step.hidden, *extras])
+
+
 def _step_input(message: wire.Step, body: memoryview) -> StepInput:
     views = iter(tensors.decode(body, message.specs()))
     return StepInput(
@@ -244,23 +327,12 @@ def _step_input(message: wire.Step, body: memoryview) -> StepInput:
         rows=message.rows,
         position_ids=next(views) if message.position_ids is not None else None,
         mask=next(views) if message.mask is not None else None,
+        replayed=message.replay > 0,
     )
 
 
-def _extra_bytes(message: wire.Step) -> int:
-    """Bytes of the body after the hidden states: they are passed on as they came."""
-    return sum(wire.padded(spec.nbytes()) for spec in message.specs()[1:])
-
-
-def _onward(message: wire.Step, output: torch.Tensor) -> wire.Step:
-    return wire.Step(
-        message.session,
-        message.epoch,
-        message.number,
-        message.position,
-        message.keep,
-        tensors.spec_of(output),
-        message.rows,
-        message.position_ids,
-        message.mask,
-    )
+def _blamed(error: BaseException, sender: Link, session: ServedSession) -> BaseException:
+    """Nonsense that another hop sent is that hop's failure, not ours."""
+    if isinstance(error, ProtocolError) and not error.peer and sender.peer != session.client.peer:
+        error.peer = sender.peer
+    return error

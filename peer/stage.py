@@ -22,6 +22,7 @@ class StepInput:
     rows: list[int] | None = None  # [B], which earlier rows the present ones continue
     position_ids: torch.Tensor | None = None  # [B, N]
     mask: torch.Tensor | None = None  # [B, N], 1 for a token and 0 for padding
+    replayed: bool = False  # it brings the session to where other stages are, over steps that were never seen here
 
 
 @dataclass(slots=True)
@@ -85,7 +86,8 @@ class Stage:
         if not hidden.is_floating_point() or not torch.isfinite(hidden).all():
             raise BadTensor("hidden states that are not finite numbers")
         rows, count = hidden.shape[:2]
-        if step.number > state.number + 1 or step.position > state.length:
+        missed = step.number > state.number + 1 and step.position > 0 and not step.replayed
+        if missed or step.position > state.length:
             raise BeyondCache(
                 f"step {step.number} at position {step.position} leaves a gap: "
                 f"the session is at step {state.number}, position {state.length}"

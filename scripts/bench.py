@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +22,9 @@ from swarm.errors import ShoalError
 
 ALL = "all"
 INTERRUPTED = 130
+WIDTH = 120  # of the table, where there is no terminal to fit it into
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 progress = Console(highlight=False, stderr=True)
 app = typer.Typer(
     add_completion=False,
@@ -42,13 +44,17 @@ def chosen(name: str) -> list[str]:
 
 
 _LISTED = "\n\n".join(f"[bold]{name}[/]  {summary}" for name, summary in {**BENCHES, ALL: "one after another"}.items())
+_METHOD = (
+    "Every peer is a process of its own with one compute thread. A round measures Shoal and its reference one after "
+    "the other, and the next round in the other order; what is shown are medians over the rounds, the ratio that of "
+    "the pairs. Spread is the distance between the quartiles over the median. Exits with 1 where a figure is not "
+    "what it must be, 130 where it is interrupted; what was measured until then is shown and written all the same."
+)
 _HELP = f"""Measure Shoal on this machine. NAME is one of
 
 {_LISTED}
 
-Every peer is a process of its own with one compute thread. A round measures Shoal and its reference one after the
-other, and the next round in the other order; what is shown are medians over the rounds, the ratio that of the pairs.
-Spread is the distance between the quartiles over the median. Exits with 1 where a figure is not what it must be.
+{_METHOD}
 """
 
 
@@ -118,4 +124,4 @@ def _now() -> str:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="scripts/bench")

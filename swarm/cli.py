@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 import swarm
-from swarm.errors import NoRoute, UsageError
+from swarm.errors import NoRoute, RemoteError, UsageError
 from swarm.hub import DEFAULT_MODEL
-from swarm.terminal import ProgressBars, console, errors_told, run, set_up_logging, spread
+from swarm.terminal import (
+    ProgressBars,
+    addresses_in,
+    console,
+    error_line,
+    errors_told,
+    run,
+    run_app,
+    set_up_logging,
+    unless_stopped,
+)
 from swarm.types import ModelId, Offer, Span
+
+if TYPE_CHECKING:
+    from swarm.conversation import Answer, Conversation
+    from swarm.discovery import Discovery
 
 app = typer.Typer(
     name="swarm",
@@ -36,16 +53,23 @@ InitialPeers = Annotated[
         "--initial-peers",
         metavar="ADDR...",
         envvar="SHOAL_INITIAL_PEERS",
-        help="Addresses of any peers of the swarm, as `peer serve` prints them.",
+        callback=addresses_in,
+        help="Any peers of the swarm, by the addresses that `peer serve` prints.",
         show_default=False,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time; above, it samples.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this total share.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Wait = Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks nobody hosts yet.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, not warnings alone.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate, at most.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token each time; above, it samples.")
+]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample among the likeliest tokens of this total share.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
+Wait = Annotated[
+    float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks that nobody hosts yet.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +80,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     """Generate text through the peers of a swarm, chat with it, look at it."""
 
@@ -65,15 +91,20 @@ def _root(
 def generate(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="[MODEL] PROMPT", help=f"MODEL is {DEFAULT_MODEL} if left out; PROMPT - reads stdin."),
+        typer.Argument(
+            metavar="[MODEL] PROMPT",
+            help=f"The model, {DEFAULT_MODEL} if left out, and what to say to it; - reads that from stdin.",
+        ),
     ],
     initial_peers: InitialPeers,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, metavar="N", help="Beams to search with.")] = 1,
     seed: Seed = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", metavar="", help="Continue the text as it is, without the chat template.")
+    ] = False,
     wait: Wait = 0.0,
     verbose: Verbose = False,
 ) -> None:
@@ -96,8 +127,10 @@ def generate(
 @app.command()
 def chat(
     initial_peers: InitialPeers,
-    model_name: Annotated[str, typer.Argument(metavar="[MODEL]", show_default=False)] = DEFAULT_MODEL,
-    system: Annotated[str | None, typer.Option(help="What the model is told before you speak.")] = None,
+    model_name: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a short name or a hub id.")
+    ] = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before you speak.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
@@ -122,10 +155,10 @@ def chat(
 def status(
     initial_peers: InitialPeers,
     model_name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A name or the beginning of a model's id; all, if left out.")
+        str | None, typer.Argument(metavar="MODEL", help="A name or the beginning of a model's id; all, if left out.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep looking; Ctrl-C ends it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Keep looking; Ctrl-C ends it.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Show which blocks are online how many times, and the peers that host them."""

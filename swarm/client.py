@@ -149,7 +149,7 @@ class Chain:
     async def _step(self, cache: SwarmCache, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         if cache.session is None:
             length = max(cache.max_length, meta.position + hidden.shape[1])
-            session = await self.network.open_session(
+            session = self.network.session(
                 self.model,
                 self.num_blocks,
                 batch=hidden.shape[0],

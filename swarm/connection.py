@@ -19,15 +19,25 @@ from typing import Protocol, cast
 import numpy as np
 
 from swarm import frames, wire
-from swarm.errors import DeadlineExceeded, Malformed, ProtocolError, RemoteError, Unreachable, UsageError, WrongKey
-from swarm.errors import from_wire, to_wire
+from swarm.errors import (
+    DeadlineExceeded,
+    Forged,
+    Malformed,
+    ProtocolError,
+    RemoteError,
+    Unreachable,
+    UsageError,
+    WrongKey,
+    from_wire,
+    to_wire,
+)
 from swarm.frames import Buffer, FrameKind, FrameReader, Received
 from swarm.identity import Identity, peer_id_of_certificate, verify
 from swarm.tls import TlsPipe
 from swarm.types import PeerId
 
-_READ = 256 * 1024  # bytes taken from the kernel at once
-_HIGH_WATER = 2 * frames.CHUNK  # bytes that wait for the kernel; few, so that a small message waits for few
+_READ = 512 * 1024  # bytes taken from the kernel at once
+_HIGH_WATER = 3 * frames.CHUNK  # bytes that wait for the kernel; few, so that a small message waits for few
 _NOTSENT_LOWAT = 256 * 1024  # bytes that the kernel takes beyond what is on its way
 _PROOF_CONTEXT = b"shoal dial 1\0"
 
@@ -101,7 +111,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self._tls = TlsPipe(context, server_side=wanted is None)
-        self._raw = memoryview(np.empty(_READ, np.uint8))  # not zeroed: pages that are never used cost nothing
+        self._raw = np.empty(_READ, np.uint8).data  # not zeroed: pages that are never used cost nothing
         self._reader = FrameReader(limits.body)
         self._receiver: Receiver | None = None
         self._early: list[Received] = []
@@ -120,6 +130,11 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._watched_frames = -1
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ready.add_done_callback(lambda future: future.cancelled() or future.exception())  # never "not retrieved"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over, or about to be."""
+        return self._error is not None
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +240,11 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def _read(self) -> None:
         reader, tls = self._reader, self._tls
-        while self._error is None and (count := tls.read_into(reader.buffer())):
+        while self._error is None:
+            # Between chunks record by record: a chunk's head is one, and the next goes straight to where it belongs.
+            count = tls.fill(reader.buffer()) if reader.in_chunk else tls.read_into(reader.buffer())
+            if not count:
+                break
             for message in reader.advance(count):
                 if self._error is None:
                     self._take(message)

@@ -57,6 +57,10 @@ class NoRoute(LocalError):
         self.missing = missing
 
 
+class SessionLost(LocalError):
+    """A step failed again and again, whoever was asked."""
+
+
 class Closed(LocalError):
     """The object was closed and cannot be used any more."""
 
@@ -169,6 +173,12 @@ class UnknownSession(Refused):
     """The peer holds no such session: it never did, or its lease ended."""
 
     code = "unknown-session"
+
+
+class Forgotten(Refused):
+    """The peer no longer has what it passed on in the session; who is before it may."""
+
+    code = "forgotten"
 
 
 class BeyondCache(Refused):

@@ -2,7 +2,8 @@
 
 A frame is a head of 16 bytes (kind, stream, header length, body length) and what it announces. A small message is one
 WHOLE frame. A large one is a BEGIN frame, which carries the header and says how long the body will be, and CHUNK
-frames, between which other messages may go: so a large transfer does not hold up a small step.
+frames, between which other messages may go: so a large transfer does not hold up a small step. A RESET frame ends a
+stream whose sender gave up.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+
 from swarm.errors import Malformed, Oversized
 from swarm.wire import MAX_BODY, MAX_HEADER
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 WHOLE_LIMIT = 128 * 1024  # bytes of header and body that still go as one frame
-CHUNK = 256 * 1024  # bytes of body in a CHUNK frame, at most
+CHUNK = 128 * 1024  # bytes of body in a CHUNK frame, at most
 MAX_STREAMS = 64  # large messages on their way at once on one connection
 
 _HEAD = struct.Struct(">B3xIII")
@@ -32,9 +35,12 @@ class FrameKind(enum.IntEnum):
     CHUNK = 3
     HANDSHAKE = 4  # Hello or Proof
     GOODBYE = 5
+    RESET = 6
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}
+_GREETINGS = frozenset({FrameKind.HANDSHAKE, FrameKind.GOODBYE})
+_MAX_GREETING = 4096  # bytes
 
 
 class Received(NamedTuple):
@@ -64,6 +70,39 @@ def chunks(stream: int, body: Sequence[Buffer]) -> Iterator[tuple[bytes, memoryv
             yield _HEAD.pack(FrameKind.CHUNK, stream, 0, len(part)), part
 
 
+def reset(stream: int) -> bytes:
+    """The frame that ends a stream before its body is complete."""
+    return _HEAD.pack(FrameKind.RESET, stream, 0, 0)
+
+
+def is_small(header: bytes, body: Sequence[Buffer]) -> bool:
+    """Whether a message goes as one WHOLE frame."""
+    return len(header) <= MAX_HEADER and len(header) + sum(map(len, body)) <= WHOLE_LIMIT
+
+
+class StreamBudget:
+    """The sender's side of the limits on large messages: what it keeps to, `FrameReader` never refuses."""
+
+    def __init__(self, max_body: int = MAX_BODY) -> None:
+        self._max_body = max_body
+        self._last = 0
+        self._open: dict[int, int] = {}  # stream: bytes of its body
+
+    def has_room(self, size: int) -> bool:
+        """Whether a body of `size` bytes may begin now."""
+        return len(self._open) < MAX_STREAMS and sum(self._open.values()) + size <= self._max_body
+
+    def enter(self, size: int) -> int:
+        """Count it in: the number of its stream."""
+        self._last = self._last % 0xFFFFFFFF + 1
+        self._open[self._last] = size
+        return self._last
+
+    def leave(self, stream: int) -> None:
+        """Its last byte, or its reset, was sent."""
+        del self._open[stream]
+
+
 class _Partial:
     """A large message of which some has come."""
 
@@ -73,7 +112,7 @@ class _Partial:
         self.header = header
         self.length = length
         self.used = 0
-        self.body = memoryview(bytearray(length))
+        self.body = np.empty(length, np.uint8).data  # not zeroed: memory is used as bytes come, not as announced
 
 
 class FrameReader:
@@ -97,6 +136,11 @@ class FrameReader:
     def waiting(self) -> bool:
         """Whether something was begun that is not complete."""
         return bool(self._filled or self._partials or self._target)
+
+    @property
+    def in_chunk(self) -> bool:
+        """Whether `buffer()` is the place in a body where what comes next belongs."""
+        return self._target is not None
 
     def buffer(self) -> memoryview:
         """Where the next bytes are to be written; never empty."""
@@ -138,6 +182,8 @@ class FrameReader:
             self.handshaking = False  # each side says one; what comes right behind it may be in the same read
         if kind is FrameKind.BEGIN:
             self._begin(stream, header, body_length)
+        elif kind is FrameKind.RESET:
+            self._reset(stream)
         else:
             body = memoryview(self._scratch[inner + header_length : inner + needed])  # a slice of a bytearray is a copy
             deliver(Received(kind, header, body))
@@ -149,12 +195,21 @@ class FrameReader:
             raise Malformed(f"no frame begins with {number}")
         if header_length > MAX_HEADER:
             raise Oversized(f"a header of {header_length} bytes; at most {MAX_HEADER} are taken")
-        limit = {FrameKind.BEGIN: self._max_body, FrameKind.CHUNK: CHUNK}.get(kind, WHOLE_LIMIT - header_length)
+        limit = self._limit(kind, header_length)
         if body_length > limit:
             raise Oversized(f"a frame of {body_length} bytes; at most {limit} go in a {kind.name}")
-        if self.handshaking and (kind not in (FrameKind.HANDSHAKE, FrameKind.GOODBYE) or header_length > 4096):
+        if kind in _GREETINGS and header_length > _MAX_GREETING:
+            raise Oversized(f"a {kind.name} of {header_length} bytes; at most {_MAX_GREETING} are taken")
+        if self.handshaking and kind not in _GREETINGS:
             raise Malformed(f"{kind.name} before the handshake")
         return kind
+
+    def _limit(self, kind: FrameKind, header_length: int) -> int:
+        if kind is FrameKind.WHOLE:
+            return WHOLE_LIMIT - header_length
+        if kind is FrameKind.CHUNK:
+            return CHUNK
+        return self._max_body if kind is FrameKind.BEGIN else 0
 
     def _begin(self, stream: int, header: bytes, length: int) -> None:
         if stream in self._partials:
@@ -166,6 +221,10 @@ class FrameReader:
         if length + sum(partial.length for partial in self._partials.values()) > self._max_body:
             raise Oversized(f"more than {self._max_body} bytes of large messages at once")
         self._partials[stream] = _Partial(header, length)
+
+    def _reset(self, stream: int) -> None:
+        if self._partials.pop(stream, None) is None:
+            raise Malformed(f"stream {stream} is reset, where none is")
 
     def _chunk(self, stream: int, inner: int, length: int, deliver: Callable[[Received], None]) -> int:
         partial = self._partials.get(stream)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import base58
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
@@ -36,7 +36,8 @@ def public_key_of(peer: str) -> Ed25519PublicKey:
         raw = base58.b58decode(peer) if len(peer) <= 64 else b""
     except ValueError:
         raw = b""
-    if len(raw) != 38 or not raw.startswith(_PEER_ID_HEAD):
+    # Spelled in one way only (the decoder overlooks white space), or a banned peer comes back under a second name.
+    if len(raw) != 38 or not raw.startswith(_PEER_ID_HEAD) or base58.b58encode(raw).decode() != peer:
         raise Malformed(f"not the PeerId of an Ed25519 key: {peer[:64]!r}")
     return Ed25519PublicKey.from_public_bytes(raw[len(_PEER_ID_HEAD) :])
 
@@ -59,7 +60,7 @@ def peer_id_of_certificate(der: bytes) -> PeerId:
     """The PeerId whose key a TLS certificate (DER) carries. Raises `WrongKey` where that is no Ed25519 key."""
     try:
         key = x509.load_der_x509_certificate(der).public_key()
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise WrongKey("the listener's certificate carries no Ed25519 key")
@@ -83,7 +84,10 @@ class Identity:
         """Read libp2p's `PrivateKey` protobuf. Raises `UsageError` where it is anything else."""
         if len(data) != 68 or not data.startswith(_PRIVATE_KEY_HEAD):
             raise UsageError("not an Ed25519 identity (libp2p PrivateKey protobuf of 68 bytes)")
-        return cls(Ed25519PrivateKey.from_private_bytes(data[4:36]))
+        identity = cls(Ed25519PrivateKey.from_private_bytes(data[4:36]))
+        if identity.to_bytes() != data:
+            raise UsageError("a damaged identity: its public key is not that of its private key")
+        return identity
 
     @classmethod
     def load_or_create(cls, file: Path) -> Identity:
@@ -94,11 +98,13 @@ class Identity:
         try:
             if not file.exists():
                 cls.generate().save(file)
-            if file.stat().st_mode & 0o077:
-                raise UsageError(f"{file} can be read by others; chmod 600 it")
-            return cls.from_bytes(file.read_bytes())
+            mode, data = file.stat().st_mode, file.read_bytes()
         except OSError as error:
             raise UsageError(f"cannot use the identity file {file}: {error.strerror}") from None
+        if mode & 0o077:
+            raise UsageError(f"identity file {file} is open to others; chmod 600 it")
+        try:
+            return cls.from_bytes(data)
         except UsageError as error:
             raise UsageError(f"identity file {file}: {error}; move it away to have a new one made") from None
 
@@ -124,6 +130,8 @@ class Identity:
         try:
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(self.to_bytes())
+                handle.flush()
+                os.fsync(handle.fileno())  # or a power cut leaves an empty file under the name
             os.link(temporary, file)  # unlike a rename, a link fails if somebody was faster
         except FileExistsError:
             return

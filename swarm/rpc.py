@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 from swarm import wire
+from swarm.connection import Connection
 from swarm.errors import (
     Busy,
+    Closed,
     DeadlineExceeded,
     Malformed,
     ProtocolError,
@@ -26,7 +28,7 @@ from swarm.errors import (
     to_wire,
 )
 from swarm.frames import Buffer
-from swarm.transport import Connection, Transport
+from swarm.transport import Transport
 from swarm.types import Address, PeerId
 from swarm.wire import Envelope, Kind, Message, pack_envelope
 
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT = 10.0  # seconds
 MAX_CALLS = 256  # requests that one link may have under way here
+MAX_HELD = 2 * wire.MAX_BODY  # bytes of their bodies
+MAX_UNTOLD = 256  # refusals and cancellations that wait for the other side to read
 
 Reply: TypeAlias = "Message | tuple[Message, Sequence[Buffer]]"
 Answer: TypeAlias = "Callable[[Link, Any, memoryview], Awaitable[Reply]]"
@@ -49,6 +53,8 @@ class Link:
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[tuple[Any, memoryview]]] = {}  # our calls there
         self._running: dict[int, asyncio.Task[None]] = {}  # their calls here
+        self._held = 0  # bytes of the bodies of those
+        self._untold = 0
         self.error: RemoteError | None = None  # why the link is gone, None while it lives
         self.on_lost: set[Callable[[Link], None]] = set()
 
@@ -67,6 +73,9 @@ class Link:
         """
         if self.error is not None:
             raise self.error
+        timeout = min(timeout, wire.MAX_TIMEOUT)
+        if not timeout > 0:
+            raise DeadlineExceeded(f"no time is left to ask {self.peer}", self.peer)
         call = next(self._numbers)
         future: asyncio.Future[tuple[Any, memoryview]] = asyncio.get_running_loop().create_future()
         self._pending[call] = future
@@ -81,6 +90,8 @@ class Link:
             del self._pending[call]
             if not future.done() or future.cancelled():
                 self._tell(pack_envelope(Kind.CANCEL, call))
+            else:
+                future.exception()  # seen, even where something else ended the call at the same moment
 
     def try_notify(self, message: Message, body: Sequence[Buffer] = ()) -> bool:
         """Send a small message at once and expect no reply; False where it would have to wait."""
@@ -92,8 +103,16 @@ class Link:
 
     def _tell(self, header: bytes) -> None:
         """Send a few bytes if the link still lives; where it must wait, in the background."""
-        if self.error is None and not self._connection.try_send(header, ()):
-            self._rpc.spawn(self._connection.send(header, ()))
+        if self.error is not None or self._connection.try_send(header, ()):
+            return
+        if self._untold >= MAX_UNTOLD:
+            self.close(ProtocolError("it asks, and does not read what it is answered", self.peer))
+            return
+        self._untold += 1
+        self._rpc.spawn(self._connection.send(header, ())).add_done_callback(self._told)
+
+    def _told(self, _: asyncio.Task[None]) -> None:
+        self._untold -= 1
 
     # --- what comes in ---------------------------------------------------------------------------------------------
 
@@ -101,8 +120,7 @@ class Link:
         """A message from the other side (called by the connection)."""
         envelope = wire.unpack_envelope(header)
         if envelope.kind is Kind.NOTIFY:
-            message = wire.read_body(envelope)
-            self._rpc.listener_for(message)(self, message, body)
+            self._hear(envelope, body)
         elif envelope.kind is Kind.REQUEST:
             self._begin(envelope, body)
         elif envelope.kind is Kind.CANCEL:
@@ -110,6 +128,16 @@ class Link:
                 task.cancel()
         else:
             self._settle(envelope, body)
+
+    def _hear(self, envelope: Envelope, body: memoryview) -> None:
+        message = wire.read_body(envelope)
+        listener = self._rpc.listener_for(message)
+        try:
+            listener(self, message, body)
+        except RemoteError:
+            raise
+        except Exception:  # a mistake of ours, which must not end what else goes on over the link
+            log.exception("listener failed message=%s peer=%s", type(message).__name__, self.peer)
 
     def _settle(self, envelope: Envelope, body: memoryview) -> None:
         future = self._pending.get(envelope.call)
@@ -132,22 +160,32 @@ class Link:
         if len(self._running) >= MAX_CALLS:
             self._refuse(envelope.call, Busy(f"more than {MAX_CALLS} calls at once"))
             return
-        task = asyncio.get_running_loop().create_task(self._serve(envelope, body))
+        if self._held + len(body) > MAX_HELD:
+            self._refuse(envelope.call, Busy(f"calls with more than {MAX_HELD} bytes at once"))
+            return
+        self._held += len(body)
+        task = self._rpc.spawn(self._serve(envelope, body))
         self._running[envelope.call] = task
-        task.add_done_callback(lambda _: self._running.pop(envelope.call, None))
+        task.add_done_callback(lambda _: self._served(envelope.call, len(body)))
+
+    def _served(self, call: int, size: int) -> None:
+        del self._running[call]
+        self._held -= size
 
     async def _serve(self, envelope: Envelope, body: memoryview) -> None:
+        deadline = asyncio.timeout(envelope.timeout or wire.MAX_TIMEOUT)
         try:
             message = wire.read_body(envelope)
-            async with asyncio.timeout(envelope.timeout or wire.MAX_TIMEOUT):
+            async with deadline:
                 reply = await self._rpc.answer_for(message)(self, message, body)
                 header, pieces = reply if isinstance(reply, tuple) else (reply, ())
                 await self._connection.send(pack_envelope(Kind.REPLY, envelope.call, body=header), pieces)
-        except TimeoutError:
-            log.debug("call outlived its deadline peer=%s", self.peer)  # nobody waits for the answer any more
         except ShoalError as error:
             self._refuse(envelope.call, error)
         except Exception as error:
+            if deadline.expired():
+                log.debug("call outlived its deadline peer=%s", self.peer)  # nobody waits for the answer any more
+                return
             log.exception("handler failed peer=%s", self.peer)
             self._refuse(envelope.call, error)
 
@@ -190,6 +228,7 @@ class Rpc:
         self._links: dict[PeerId, Link] = {}
         self._dialling: dict[PeerId, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     def answer(self, kind: type[Message], handler: Answer) -> None:
         """`handler(link, message, body)` answers calls of this kind. What it raises, the caller is told."""
@@ -224,6 +263,8 @@ class Rpc:
         """
         if (link := self._links.get(peer)) is not None:
             return link
+        if self._closed:
+            raise Closed("the rpc is closed")
         if (task := self._dialling.get(peer)) is None:
             task = self.spawn(self._dial(peer, addresses))
             self._dialling[peer] = task
@@ -263,14 +304,13 @@ class Rpc:
             log.log(logging.DEBUG if isinstance(error, ShoalError) else logging.ERROR, "background error=%r", error)
 
     async def close(self) -> None:
-        """End all links and the transport."""
-        for task in self._tasks:
-            task.cancel()
-        for link in list(self._links.values()):
-            link.close()
-        await self._transport.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
+        """End all links, what runs for them, and the transport. Returns when all of it has ended."""
+        self._closed = True
+        await self._transport.close()  # tells every link, which cancels its handlers
+        while tasks := self._tasks - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 async def _echo(link: Link, message: wire.Echo, body: memoryview) -> Reply:

@@ -1,44 +1,63 @@
-"""A route being used: open it, send steps along it, hear from its last hop.
+"""A route being used: open it, send steps along it, hear from its last hop, and put other peers in dead ones' places.
 
 A step goes to the first hop and its answer comes from the last; the hops pass it on among themselves. Whichever hop
-cannot do its part tells us, and says who is at fault.
+cannot do its part tells us, and says who is at fault; silence is met with a deadline that follows what was measured.
+Then the one retry loop there is (`Session.step`) repairs the route: it finds other hosts for the failed hops' blocks,
+opens the session there, has the nearest living hop upstream replay what it passed on, and sends the step again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from swarm import tensors, wire
+from swarm.avoidance import Avoidance
 from swarm.errors import (
     BadTensor,
     Closed,
     DeadlineExceeded,
+    Forgotten,
     Malformed,
     NoRoom,
     NoRoute,
+    Refused,
     RemoteError,
+    SessionLost,
     Unreachable,
     from_wire,
 )
+from swarm.history import History, Piece
+from swarm.pace import Pace
 from swarm.rpc import Link, Rpc
-from swarm.types import Hop, ModelId, PeerId, Route, SessionId
+from swarm.types import Hop, ModelId, PeerId, Route, SessionId, Span
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT = 10.0  # seconds
-STEP_TIMEOUT = 30.0  # seconds for one position; a long step gets more
-SECONDS_PER_POSITION = 0.5  # how much more, for each position of each row
-MAX_OPEN_ATTEMPTS = 6  # routes that are tried before a session is given up
+OPEN_TIMEOUT = 10.0  # seconds for a hop to grant a lease
+PROBE_TIMEOUT = 0.5  # seconds for a hop to say that it lives
+RETRY_SECONDS = 0.5  # before a peer that failed is asked again, where nobody else is left
+REPLAY_POSITIONS = 256  # of a replayed step, at most
+_UNKNOWN = -1  # how far a hop is after a step was given up in the middle
+MAX_ATTEMPTS = 64  # of one step: an end to what would otherwise go on for ever
 
-RouteFinder = Callable[[set[PeerId]], Awaitable[Route]]
+
+class Shunned(NamedTuple):
+    """Whom a route has to do without."""
+
+    rather: set[PeerId]  # if that is possible
+    ever: set[PeerId]  # in any case
+
+
+RouteFinder = Callable[[Span, Callable[[], Shunned]], Awaitable[Route]]
+"""Finds hops for a span, waiting for missing blocks as long as the user wants. Raises `NoRoute`."""
 
 
 @dataclass(slots=True)
@@ -53,18 +72,33 @@ class StepMeta:
 
 
 @dataclass(slots=True)
+class Place:
+    """One hop of the session's route and how far it is."""
+
+    hop: Hop
+    link: Link | None = None
+    open: bool = False  # on the terms of the moment: who comes next, how long it may get
+    failed: bool = False  # another peer has to take its place
+    number: int = 0  # of the last step it ran, as it said when the session was opened there
+
+    def __str__(self) -> str:
+        return f"{self.hop}{'!' if self.failed else ''}"
+
+
+@dataclass(slots=True)
 class _Waiting:
     epoch: int
     number: int
-    future: asyncio.Future[torch.Tensor]
     shape: tuple[int, int]  # rows, kept positions
+    future: asyncio.Future[torch.Tensor]
 
 
 class Sessions:
-    """All sessions of one client: hands what comes in to the session it is for."""
+    """All sessions of one client: hands what comes in to the session it is for, and remembers who failed."""
 
     def __init__(self, rpc: Rpc) -> None:
         self.rpc = rpc
+        self.avoidance = Avoidance()
         self._sessions: dict[SessionId, Session] = {}
         rpc.listen(wire.Output, self._output)
         rpc.listen(wire.StepFailed, self._failed)
@@ -83,7 +117,7 @@ class Sessions:
 
     def _failed(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) is not None:
-            session.failed(message)
+            session.told(message)
 
     async def close(self) -> None:
         """End all of them."""
@@ -92,159 +126,295 @@ class Sessions:
 
 
 class Session:
-    """One sequence batch being generated: a KV cache at every stage of its route. Used by one task at a time."""
+    """One sequence batch being generated: a KV cache at every stage of its route. Used by one task at a time.
 
-    def __init__(self, owner: Sessions, model: ModelId, find_route: RouteFinder, batch: int, max_length: int) -> None:
+    Attributes:
+        length: positions that every stage holds.
+        failovers: how often a hop was replaced.
+    """
+
+    def __init__(
+        self, owner: Sessions, model: ModelId, num_blocks: int, find_route: RouteFinder, batch: int, max_length: int
+    ) -> None:
         self.key = SessionId(os.urandom(16))
-        self.route: Route | None = None
         self.batch = batch
         self.max_length = max_length
-        self.length = 0  # positions that every stage holds
+        self.length = 0
+        self.failovers = 0
         self._owner = owner
         self._model = model
+        self._blocks = Span(0, num_blocks)
         self._find_route = find_route
-        self._links: list[Link] = []
-        self._numbers = itertools.count(1)
+        self._places: list[Place] = []
+        self._history = History()
+        self._pace = Pace()
         self._epoch = 0
         self._waiting: _Waiting | None = None
         self._lease = 0.0
         self._alive: asyncio.Task[None] | None = None
         self._closed = False
+        self._needed = 0  # positions, for the step under way
+        self._refused: set[PeerId] = set()  # who said no to the step under way
 
-    # --- opening ---------------------------------------------------------------------------------------------------
+    @property
+    def route(self) -> Route | None:
+        """The peers that hold the session, None before the first step."""
+        return Route(tuple(place.hop for place in self._places)) if self._places else None
 
-    async def open(self) -> None:
-        """Find a route and lease a cache at each of its hops.
-
-        Raises:
-            NoRoute: some block has no online peer.
-            NoRoom: every route that was tried has a hop whose cache is full.
-            RemoteError: what the last attempt met.
-        """
-        avoid: set[PeerId] = set()
-        last: RemoteError | None = None
-        self._owner.add(self)
-        for _ in range(MAX_OPEN_ATTEMPTS):
-            try:
-                route = await self._find_route(avoid)
-            except NoRoute:
-                if last is None:
-                    raise
-                break  # what is to be avoided says more than that nothing else is left
-            try:
-                self._links = await self._open_hops(route)
-            except RemoteError as error:
-                log.info("cannot open route=%s error=%r", route, str(error))
-                self._tell_hops(route)
-                if not error.peer or error.peer in avoid:
-                    raise
-                avoid.add(PeerId(error.peer))
-                last = error
-                continue
-            self.route = route
-            break
-        if self.route is None:
-            assert last is not None
-            raise last
-        for link in self._links:
-            link.on_lost.add(self._lost)
-        self._alive = asyncio.get_running_loop().create_task(self._keep_alive())
-
-    async def _open_hops(self, route: Route) -> list[Link]:
-        following = [*route.hops[1:], None]
-        tasks = [
-            asyncio.ensure_future(self._open_hop(hop, after)) for hop, after in zip(route.hops, following, strict=True)
-        ]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    async def _open_hop(self, hop: Hop, after: Hop | None) -> Link:
-        link = await self._owner.rpc.connect(hop.peer, hop.addresses)
-        endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
-        message = wire.OpenSession(
-            self.key, self._model, hop.span.start, hop.span.end, self.batch, self.max_length, endpoint
-        )
-        opened, _ = await link.call(message, timeout=OPEN_TIMEOUT)
-        if not isinstance(opened, wire.SessionOpened) or not 0 < opened.lease < math.inf:
-            raise Malformed("an answer to OpenSession that is none", link.peer)
-        self._lease = min(opened.lease, self._lease or opened.lease)
-        return link
-
-    async def grow(self, max_length: int) -> None:
-        """Lease more positions at every hop; what the session holds stays. Raises `NoRoom`."""
-        before, self.max_length = self.max_length, max_length
-        assert self.route is not None
-        try:
-            await self._open_hops(self.route)
-        except NoRoom:
-            self.max_length = before
-            raise
-
-    async def _keep_alive(self) -> None:
-        """Say that we are still here, well before the lease ends. A hop that denies it fails the step under way."""
-        while True:
-            await asyncio.sleep(self._lease / 3)
-            for link in self._links:
-                try:
-                    await link.call(wire.KeepAlive(self.key), timeout=self._lease / 3)
-                except RemoteError as error:
-                    self._fail(error)
-
-    # --- steps -----------------------------------------------------------------------------------------------------
+    # --- a step ----------------------------------------------------------------------------------------------------
 
     async def step(self, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         """Make `hidden` [B, N, H] the session's content from `meta.position` on, and run it through the chain.
+
+        Hops that fail meanwhile are replaced, as long as every block has a living host.
 
         Returns:
             [B, kept, H]: the last block's hidden states for the last `meta.keep` positions, or for all N.
 
         Raises:
-            RemoteError: a hop failed; `peer` says which.
-            NoRoom: the session has to grow, and a hop has no room.
+            NoRoute: some block has no host, and none came in time.
+            NoRoom: nobody has room for the session.
+            SessionLost: it failed again and again.
+            RemoteError: what we sent was refused by the first hop.
         """
         if self._closed:
             raise Closed("the session was closed")
-        rows, count, _ = hidden.shape
-        if meta.position + count > self.max_length:
-            await self.grow(max(meta.position + count, 2 * self.max_length))
-        number = next(self._numbers)
-        future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        kept = min(meta.keep, count) if meta.keep else count
-        self._waiting = _Waiting(self._epoch, number, future, (rows, kept))
+        number = self._history.number + 1
+        self._history.record(number, meta.position, hidden, meta.rows, meta.position_ids, meta.mask)
+        self._needed = meta.position + hidden.shape[1]
+        if self._needed > self.max_length:
+            self._lease_for(max(self._needed, 2 * self.max_length))
+        self._owner.add(self)
         try:
-            async with asyncio.timeout(STEP_TIMEOUT + SECONDS_PER_POSITION * rows * count):
-                await self._send(hidden, meta, number)
-                output = await future
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer to step {number} at position {meta.position}") from None
+            output = await self._run(number, hidden, meta)
+        except BaseException:
+            for place in self._places:
+                place.number = _UNKNOWN
+            raise
         finally:
-            self._waiting = None
-        self.length = meta.position + count
+            self._refused.clear()
+        self.length = meta.position + hidden.shape[1]
         return output
 
-    async def _send(self, hidden: torch.Tensor, meta: StepMeta, number: int) -> None:
-        extras = [extra for extra in (meta.position_ids, meta.mask) if extra is not None]
+    async def _run(self, number: int, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
+        """The one retry loop: attempt, see who is at fault, repair, and attempt again."""
+        last: RemoteError | None = None
+        for _ in range(MAX_ATTEMPTS):
+            self._epoch += 1
+            try:
+                await self._repair(number, meta.position)
+                return await self._attempt(number, hidden, meta)
+            except NoRoute:
+                if isinstance(last, Refused):
+                    raise last from None  # why the last one said no tells more than that nobody else is left
+                raise
+            except RemoteError as error:
+                log.info("step failed session=%s error=%r peer=%s", self.key.hex()[:8], str(error), error.peer[-6:])
+                self._blame(error)
+                last = error
+        raise SessionLost(f"step {number} failed {MAX_ATTEMPTS} times, last with: {last}")
+
+    async def _attempt(self, number: int, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
+        rows, count, _ = hidden.shape
+        kept = min(meta.keep, count) if meta.keep else count
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting = _Waiting(self._epoch, number, (rows, kept), loop.create_future())
+        started = loop.time()
+        try:
+            piece = Piece(meta.position, hidden, meta.position_ids, meta.mask)
+            await self._send(number, piece, meta.rows, meta.keep)
+            output = await self._answer(waiting, rows * count)
+        finally:
+            self._waiting = None
+        self._pace.took(loop.time() - started, rows * count)
+        return output
+
+    async def _answer(self, waiting: _Waiting, tokens: int) -> torch.Tensor:
+        """Wait for the answer; at the deadline, ask the hops who still works on it."""
+        patience = self._pace.patience(tokens)
+        while True:
+            done, _ = await asyncio.wait({waiting.future}, timeout=patience)
+            if done:
+                return waiting.future.result()
+            await self._probe(waiting)
+            patience = self._pace.longer(patience)
+
+    async def _probe(self, waiting: _Waiting) -> None:
+        """Raise for the first hop that does not answer, or where nobody works on the step any more."""
+        answers = await asyncio.gather(*map(self._ask, self._places), return_exceptions=True)
+        if waiting.future.done():
+            return
+        silent = [place for place, answer in zip(self._places, answers, strict=True) if isinstance(answer, Exception)]
+        for place in silent:
+            place.failed = True
+        if silent:
+            raise DeadlineExceeded(f"no answer from {silent[0].hop}", silent[0].hop.peer)
+        if not any(isinstance(a, wire.Alive) and a.epoch == waiting.epoch and a.waiting for a in answers):
+            raise DeadlineExceeded("the step was lost on its way")
+
+    async def _ask(self, place: Place) -> wire.Alive:
+        if place.link is None:
+            raise Unreachable("not connected", place.hop.peer)
+        answer, _ = await place.link.call(wire.KeepAlive(self.key), timeout=PROBE_TIMEOUT)
+        if not isinstance(answer, wire.Alive):
+            raise Malformed("an answer to KeepAlive that is none", place.hop.peer)
+        return answer
+
+    async def _send(self, number: int, piece: Piece, rows: list[int] | None, keep: int, replay: int = 0) -> None:
+        """To the first hop."""
+        first = self._places[0]
+        extras = [extra for extra in (piece.position_ids, piece.mask) if extra is not None]
         message = wire.Step(
             self.key,
             self._epoch,
             number,
-            meta.position,
-            meta.keep,
-            tensors.spec_of(hidden),
-            meta.rows,
-            tensors.spec_of(meta.position_ids) if meta.position_ids is not None else None,
-            tensors.spec_of(meta.mask) if meta.mask is not None else None,
+            piece.position,
+            keep,
+            tensors.spec_of(piece.hidden),
+            rows,
+            tensors.spec_of(piece.position_ids) if piece.position_ids is not None else None,
+            tensors.spec_of(piece.mask) if piece.mask is not None else None,
+            replay,
         )
-        body = tensors.encode([hidden, *extras])
-        first = self._links[0]
-        if first.error is not None:
-            raise first.error
-        if not first.try_notify(message, body):
-            await first.notify(message, body)
+        if first.link is None or first.link.error is not None:
+            raise Unreachable("the connection was lost")
+        body = tensors.encode([piece.hidden, *extras])
+        if first.link.try_notify(message, body):
+            return
+        try:
+            async with asyncio.timeout(self._pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1])):
+                await first.link.notify(message, body)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{first.hop} takes nothing", first.hop.peer) from None
+
+    # --- who failed ------------------------------------------------------------------------------------------------
+
+    def _blame(self, error: RemoteError) -> None:
+        """Mark the place whose peer is at fault; raise where nobody else could do better."""
+        if isinstance(error, BadTensor) and self._places and error.peer == self._places[0].hop.peer:
+            raise error  # the first hop refuses what we sent; so would any other
+        if isinstance(error, NoRoom) and self.max_length > self._needed:
+            self._lease_for(self._needed)  # ask for no more than this step needs
+            return
+        for place in self._places:
+            if place.hop.peer == error.peer:
+                place.failed = True
+        if not error.peer:
+            return
+        if isinstance(error, Refused):
+            self._refused.add(PeerId(error.peer))
+        else:
+            self._owner.avoidance.failed(PeerId(error.peer), asyncio.get_running_loop().time())
+
+    def _shunned(self) -> Shunned:
+        now = asyncio.get_running_loop().time()
+        avoidance = self._owner.avoidance
+        ever = self._refused | avoidance.failed_since(now - RETRY_SECONDS)
+        return Shunned(avoidance.avoided(now) | ever, ever)
+
+    def _lost(self, link: Link) -> None:
+        if any(place.link is link for place in self._places):
+            self._fail(Unreachable(f"the connection to {link.peer} was lost: {link.error}"))
+
+    # --- repair ----------------------------------------------------------------------------------------------------
+
+    def _lease_for(self, length: int) -> None:
+        """Ask for so many positions when the session is opened the next time, which is now."""
+        self.max_length = length
+        for place in self._places:
+            place.open = False
+
+    async def _repair(self, number: int, position: int) -> None:
+        """Have an open session at a living peer for every block, each at `position`."""
+        if self._places and all(map(_is_sound, self._places)):
+            return
+        await self._replace_failed()
+        await self._open_all()
+        await self._replay(number, position)
+        if self._alive is None:
+            self._alive = asyncio.get_running_loop().create_task(self._keep_alive())
+
+    async def _replace_failed(self) -> None:
+        """Other hosts for the blocks of the failed places, each run of them together."""
+        if not self._places:
+            self._places = await self._find(self._blocks)
+            return
+        runs = _runs([place.failed for place in self._places])
+        for start, end in reversed(runs):
+            span = Span(self._places[start].hop.span.start, self._places[end - 1].hop.span.end)
+            found = await self._find(span)
+            log.info("failover session=%s blocks=%s to=%s", self.key.hex()[:8], span, [str(place) for place in found])
+            for place in self._places[start:end]:
+                self._dismiss(place)
+            self._places[start:end] = found
+            self.failovers += 1
+
+    async def _find(self, span: Span) -> list[Place]:
+        return [Place(hop) for hop in await self._find_route(span, self._shunned)]
+
+    def _dismiss(self, place: Place) -> None:
+        if place.link is not None:
+            place.link.on_lost.discard(self._lost)
+        self._owner.rpc.tell(place.hop.peer, wire.CloseSession(self.key))
+
+    async def _open_all(self) -> None:
+        """Open the session at every place, or tell it the new terms: who comes next, how long it may get."""
+        following: list[Hop | None] = [*(place.hop for place in self._places[1:]), None]
+        opening = [
+            asyncio.ensure_future(self._open(place, after))
+            for place, after in zip(self._places, following, strict=True)
+        ]
+        try:
+            await asyncio.wait(opening)
+        finally:
+            for task in opening:
+                task.cancel()
+        failures = [error for task in opening if isinstance(error := task.exception(), RemoteError)]
+        for failure in failures[1:]:
+            self._blame(failure)
+        if failures:
+            raise failures[0]
+        for task in opening:
+            task.result()
+
+    async def _open(self, place: Place, after: Hop | None) -> None:
+        link = await self._owner.rpc.connect(place.hop.peer, place.hop.addresses)
+        endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
+        span = place.hop.span
+        message = wire.OpenSession(self.key, self._model, span.start, span.end, self.batch, self.max_length, endpoint)
+        opened, _ = await link.call(message, timeout=OPEN_TIMEOUT)
+        if not isinstance(opened, wire.SessionOpened) or not 0 < opened.lease < math.inf:
+            raise Malformed("an answer to OpenSession that is none", link.peer)
+        self._lease = min(opened.lease, self._lease or opened.lease)
+        place.link = link
+        place.open = True
+        place.number = min(opened.number, place.number) if place.number == _UNKNOWN else opened.number
+        link.on_lost.add(self._lost)
+
+    async def _replay(self, number: int, position: int) -> None:
+        """Bring every place that is behind to `position`, from the nearest one before it that remembers."""
+        behind = [position > 0 and place.number < number - 1 for place in self._places]
+        for start, end in _runs(behind):
+            for source in range(start - 1, -2, -1):
+                try:
+                    await self._replay_from(source, end, position)
+                    break
+                except Forgotten:
+                    log.info("replay one hop earlier session=%s hop=%d", self.key.hex()[:8], source)
+        for place in self._places:
+            place.number = max(place.number, number - 1)
+
+    async def _replay_from(self, source: int, end: int, position: int) -> None:
+        """Replay to the places after `source`, up to `end`. -1 is ourselves: we have everything."""
+        hops = end - source - 1
+        if source >= 0:
+            link = self._places[source].link
+            assert link is not None
+            message = wire.Replay(self.key, self._epoch, 0, position, hops)
+            await link.call(message, timeout=self._pace.patience(position) + OPEN_TIMEOUT)
+            return
+        for piece in self._history.pieces(0, position, REPLAY_POSITIONS):
+            await self._send(self._history.number, piece, None, 0, hops)
 
     # --- what comes in ---------------------------------------------------------------------------------------------
 
@@ -252,8 +422,8 @@ class Session:
         """An answer came: check it, and hand it to the step that waits for it."""
         waiting = self._waiting
         if waiting is None or (message.epoch, message.number) != (waiting.epoch, waiting.number):
-            return  # an answer to a step that was given up
-        if not self._links or link.peer != self._links[-1].peer:
+            return  # an answer to an attempt that was given up
+        if link.peer != self._places[-1].hop.peer:
             return
         try:
             output = _checked(tensors.decode(body, [message.hidden])[0], waiting.shape)
@@ -264,20 +434,26 @@ class Session:
         if not waiting.future.done():
             waiting.future.set_result(output)
 
-    def failed(self, message: wire.StepFailed) -> None:
-        """A hop told us that it could not do its part."""
-        waiting = self._waiting
-        if waiting is not None and (message.epoch, message.number) == (waiting.epoch, waiting.number):
+    def told(self, message: wire.StepFailed) -> None:
+        """A hop told us that it, or the one after it, could not do its part."""
+        if self._waiting is not None and message.epoch == self._waiting.epoch:
             self._fail(from_wire(message.code, message.message, message.peer))
-
-    def _lost(self, link: Link) -> None:
-        self._fail(Unreachable(f"the connection to {link.peer} was lost: {link.error}", link.peer))
 
     def _fail(self, error: RemoteError) -> None:
         if self._waiting is not None and not self._waiting.future.done():
             self._waiting.future.set_exception(error)
 
-    # --- the end ---------------------------------------------------------------------------------------------------
+    # --- living and ending -----------------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> None:
+        """Say that we are still here, well before the lease ends. Who denies it is found out by the next step."""
+        while True:
+            await asyncio.sleep(self._lease / 3)
+            links = [place.link for place in self._places if place.link is not None]
+            calls = [link.call(wire.KeepAlive(self.key), timeout=self._lease / 3) for link in links]
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.info("not kept alive session=%s error=%r", self.key.hex()[:8], str(outcome))
 
     async def close(self) -> None:
         """Give the leases back. A second call does nothing."""
@@ -288,17 +464,24 @@ class Session:
         self._fail(Unreachable("the session was closed"))
         if self._alive is not None:
             self._alive.cancel()
-        for link in self._links:
-            link.on_lost.discard(self._lost)
-        if self.route is not None:
-            self._tell_hops(self.route)
-
-    def _tell_hops(self, route: Route) -> None:
-        for hop in route:
-            self._owner.rpc.tell(hop.peer, wire.CloseSession(self.key))
+        for place in self._places:
+            self._dismiss(place)
 
     def __repr__(self) -> str:
-        return f"<Session {self.key.hex()[:8]} at {self.length}/{self.max_length} route={self.route}>"
+        places = " -> ".join(map(str, self._places))
+        return f"<Session {self.key.hex()[:8]} at {self.length}/{self.max_length} route={places}>"
+
+
+def _is_sound(place: Place) -> bool:
+    lives = place.link is not None and place.link.error is None
+    return lives and place.open and not place.failed and place.number != _UNKNOWN
+
+
+def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
+    """The half-open ranges of what is marked."""
+    padded = [False, *marks, False]
+    edges = [index for index in range(len(marks) + 1) if padded[index] != padded[index + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _checked(output: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -58,4 +58,8 @@ def decode(body: memoryview, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
 def _tensor(view: memoryview, spec: TensorSpec) -> torch.Tensor:
     if not len(view):
         return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+    if view.readonly:  # torch knows no read-only tensors
+        view = memoryview(bytearray(view))
+    if spec.dtype == "bool":  # to torch, a byte that is neither 0 nor 1 is no bool, and what it does with it undefined
+        return torch.frombuffer(view, dtype=torch.uint8).ne(0).view(spec.shape)
     return torch.frombuffer(view, dtype=_DTYPES[spec.dtype]).view(spec.shape)

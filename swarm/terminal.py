@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from swarm.errors import ShoalError
 
 console = Console(stderr=True, highlight=False)
 
-_EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+_Misuse: Any = typer.BadParameter.__base__  # the UsageError of click, which newer versions of typer hide
+_PEERS = "--initial-peers"
+_ADDRESS = re.compile(r"/(ip4|ip6|dns[46]?)/|.*/p2p/")
 
 
-def spread(arguments: list[str]) -> list[str]:
+# --- what was typed ---------------------------------------------------------------------------------------------------
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
     """`--initial-peers A B` as `--initial-peers A --initial-peers B`: what follows and is an address belongs to it."""
     result: list[str] = []
     taking = False
     for argument in arguments:
-        address = argument.startswith(("/ip4/", "/ip6/", "/dns"))
-        if taking and address and result[-1] != "--initial-peers":
-            result.append("--initial-peers")
-        taking = argument == "--initial-peers" or (taking and address)
+        address = _ADDRESS.match(argument) is not None
+        if taking and address and result[-1] != _PEERS:
+            result.append(_PEERS)
+        taking = argument == _PEERS or argument.startswith(f"{_PEERS}=") or (taking and address)
         result.append(argument)
     return result
+
+
+def addresses_in(values: Sequence[str]) -> list[str]:
+    """The addresses in `values`, each of which may hold several with commas or spaces between."""
+    return [address for value in values for address in value.replace(",", " ").split()]
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Run the command that was typed and exit; a mistake in it takes one line, as every other error does."""
+    try:
+        code = app(spread(sys.argv[1:]), standalone_mode=False)
+    except _Misuse as error:
+        if told := error.format_message().rstrip("."):  # none where the command alone has shown its help
+            _tell(f"{told}; {error.ctx.command_path} --help tells more" if error.ctx else told)
+        sys.exit(EXIT_MISUSED)
+    except BrokenPipeError:  # `swarm status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor shall the exit flush into it
+        sys.exit(EXIT_FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# --- what went wrong --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -39,22 +75,75 @@ def errors_told() -> Iterator[None]:
     try:
         yield
     except ShoalError as error:
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _tell(str(error))
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
-        sys.exit(_EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _tell(problem: str) -> None:
+    console.print(error_line(problem), soft_wrap=True)
+
+
+def error_line(problem: str) -> Text:
+    """ "error: ..." on one line, whatever `problem` is made of."""
+    return Text.assemble(("error:", "bold red"), " ", " ".join(problem.split()))
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+class _KeyValues(logging.Formatter):
+    """`time=... level=... at=... event="session opened" session=1f...`: what a line says, and then its values."""
+
+    _MESSAGE = re.compile(r"(?P<event>.*?)(?P<values>( [a-z_]+=.*)?)", re.DOTALL)
+
+    def format(self, record: logging.LogRecord) -> str:
+        parts = self._MESSAGE.fullmatch(record.getMessage())
+        assert parts is not None
+        moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(record.created))}.{int(record.msecs):03d}"
+        event = json.dumps(parts["event"], ensure_ascii=False)
+        values = parts["values"].replace("\n", "\\n")
+        line = f"time={moment} level={record.levelname.lower()} at={record.name} event={event}{values}"
+        if record.exc_info:
+            line += f" trace={json.dumps(self.formatException(record.exc_info))}"
+        return line
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes through the console, which knows how not to tear a live line apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            console.print(Text(self.format(record)), soft_wrap=True)
+        except Exception:  # noqa: BLE001 (the standard way: logging reports it and goes on)
+            self.handleError(record)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in ("swarm", "peer") or record.levelno >= logging.ERROR
 
 
 def set_up_logging(verbose: bool) -> None:
-    """Lines of key=value on stderr: warnings, or everything from INFO where `verbose`."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('time=%(asctime)s level=%(levelname)s at=%(name)s msg="%(message)s"'))
-    handler.addFilter(lambda record: record.name.partition(".")[0] in ("swarm", "peer") or record.levelno >= 40)
+    """Lines of key=value on stderr: warnings, or everything from INFO where `verbose`.
+
+    What libraries tell is for developers, and is left out unless it is an error.
+    """
+    handler = _ConsoleHandler()
+    handler.setFormatter(_KeyValues())
+    handler.addFilter(_is_ours)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    if not sys.warnoptions and not verbose:
+        warnings.simplefilter("ignore")
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # or it warns when p2pd is started after the tokenizer was used
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 class ProgressBars:
@@ -66,33 +155,52 @@ class ProgressBars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int, /) -> None:
-        """`done` of `total` of `what`. May be called from any thread."""
+        """`done` of `total` of `what`; a total of 0 is not known yet. May be called from any thread."""
         if not console.is_terminal:
             return
+        self._progress.start()
         if what not in self._tasks:
-            self._progress.start()
             self._tasks[what] = self._progress.add_task(what, total=total or None)
         self._progress.update(self._tasks[what], completed=done, total=total or None)
-        if total and done >= total and all(task.finished for task in self._progress.tasks):
-            self.stop()
+
+    def end(self, what: str) -> None:
+        """Take one bar away."""
+        if (task := self._tasks.pop(what, None)) is not None:
+            self._progress.remove_task(task)
 
     def stop(self) -> None:
         """Take the bars away."""
         self._progress.stop()
 
 
-def run(work: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Run `work(stop)` in an event loop; Ctrl-C and SIGTERM set `stop`, and once more they end it at once."""
-    with errors_told():
-        try:
-            import uvloop
-        except ImportError:
-            asyncio.run(_until_stopped(work))
-        else:
-            uvloop.run(_until_stopped(work))
+# --- one loop, until Ctrl-C -------------------------------------------------------------------------------------------
 
 
-async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+def run(work: Callable[[asyncio.Event], Coroutine[Any, Any, object]]) -> NoReturn:
+    """Run `work(stop)` in an event loop, and exit. Ctrl-C and SIGTERM set `stop`, and once more they end it at once."""
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        asyncio.run(_to_the_end(work))
+    else:
+        uvloop.run(_to_the_end(work))
+    raise AssertionError("it exits")
+
+
+async def _to_the_end(work: Callable[[asyncio.Event], Coroutine[Any, Any, object]]) -> None:
+    code: Any = 0
+    try:
+        with errors_told():
+            await _until_stopped(work)
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What was opened is closed. A thread may still import torch or hash a model for seconds; nobody waits for that.
+    os._exit(code)
+
+
+async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, object]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(work(stop))

@@ -34,6 +34,7 @@ Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Key = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=2048)]
+Lease = Annotated[float, msgspec.Meta(gt=0, le=86_400)]  # seconds
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
@@ -118,15 +119,23 @@ class OpenSession(Message, tag="open"):
 class SessionOpened(Message, tag="opened"):
     """The lease is granted, for `lease` seconds after the last sign of life."""
 
-    lease: float
-    hidden_size: Count
-    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    lease: Lease
+    number: Count  # of the last step that the peer has run in this session, 0 where it is new to it
+    length: Position  # positions that it holds
 
 
 class KeepAlive(Message, tag="alive"):
-    """The client still needs the session."""
+    """The client still needs the session, and asks how far it is. Renews the lease."""
 
     session: Key
+
+
+class Alive(Message, tag="progress"):
+    """How far the peer is in the session."""
+
+    number: Count  # of the last step that it has run
+    epoch: Count  # of the last step that came
+    waiting: Count  # steps that came and are not yet run
 
 
 class CloseSession(Message, tag="close"):
@@ -141,6 +150,8 @@ class Step(Message, tag="step"):
     `number` counts the steps of a session from 1 without gaps; a step sent again keeps its number, so `rows` (which
     earlier rows the present ones continue, for beams) is applied once. `epoch` grows with every retry: what is left
     over from an earlier one is dropped. `keep` is how many trailing positions the client wants answered, 0 for all.
+
+    A replayed step brings a hop to where the others are: it goes through `replay` hops and is not answered.
     """
 
     session: Key
@@ -152,10 +163,24 @@ class Step(Message, tag="step"):
     rows: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_BATCH)]], msgspec.Meta(max_length=MAX_BATCH)] | None
     position_ids: TensorSpec | None  # [batch, positions], None for position, position + 1, ...
     mask: TensorSpec | None  # [batch, positions], 1 for a token and 0 for padding; None for no padding
+    replay: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of the body, in their order."""
         return [spec for spec in (self.hidden, self.position_ids, self.mask) if spec is not None]
+
+
+class Replay(Message, tag="replay"):
+    """Bring the hops after this one to `end` positions, from what was passed on to them before.
+
+    Its reply says that the steps are on their way, ahead of any later ones: the next hop need not be asked.
+    """
+
+    session: Key
+    epoch: Count
+    start: Position  # what the next hop holds already
+    end: Position
+    hops: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # how many hops it is for; the last of them passes nothing on
 
 
 class Output(Message, tag="output"):
@@ -178,7 +203,9 @@ class StepFailed(Message, tag="failed"):
     message: Text
 
 
-Body: TypeAlias = Echo | Done | OpenSession | SessionOpened | KeepAlive | CloseSession | Step | Output | StepFailed
+Body: TypeAlias = (
+    Echo | Done | OpenSession | SessionOpened | KeepAlive | Alive | CloseSession | Step | Replay | Output | StepFailed
+)
 Handshake: TypeAlias = Hello | Proof | Goodbye
 _TAGS = {kind.__struct_config__.tag for kind in (*get_args(Body), *get_args(Handshake))}
 
@@ -242,10 +269,10 @@ def unpack_envelope(data: bytes | memoryview) -> Envelope:
         raise Malformed("a header is an array of kind, call, timeout and a message")
     (number, call, timeout), fields = parts[:3], parts[3:]
     if type(number) is not int or number not in _KINDS:
-        raise UnknownMessage(f"unknown kind of message {number!r:.32}")
+        raise UnknownMessage(f"unknown kind of message {_brief(number)}")
     if type(call) is not int or not 0 <= call < 1 << 62:
         raise Malformed("a call's number is out of range")
-    if not isinstance(timeout, int | float) or not 0 <= timeout <= MAX_TIMEOUT:  # NaN fails both
+    if type(timeout) not in (int, float) or not 0 <= timeout <= MAX_TIMEOUT:  # NaN fails both
         raise Malformed(f"a timeout is between 0 and {MAX_TIMEOUT:.0f} seconds")
     return Envelope(_KINDS[number], call, timeout, fields)
 
@@ -274,11 +301,16 @@ def _unpack(data: bytes | memoryview) -> Any:
 def _convert(parts: Any, kind: Any) -> Any:
     tag = parts[0] if isinstance(parts, list) and parts else None
     if kind is not Failure and (not isinstance(tag, str) or tag not in _TAGS):
-        raise UnknownMessage(f"unknown message {tag!r:.64}")
+        raise UnknownMessage(f"unknown message {_brief(tag)}")
     try:
         return msgspec.convert(parts, kind)
     except msgspec.ValidationError as error:
-        raise Malformed(f"message {tag!r:.64}: {error}") from None
+        raise Malformed(f"message {_brief(tag)}: {error}") from None
+
+
+def _brief(value: Any) -> str:
+    """A foreign value for an error's text: only what is flat, since `repr` of what is deeply nested never returns."""
+    return f"{value!r:.64}" if isinstance(value, str | int | float) else f"of type {type(value).__name__}"
 
 
 def padded(nbytes: int) -> int:

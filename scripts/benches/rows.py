@@ -104,7 +104,7 @@ def table(rows: Sequence[Row]) -> Table:
     result = Table(box=None, pad_edge=False, header_style="bold")
     result.add_column("case", no_wrap=True)
     for column in ("value", "unit", "reference", "ratio", "spread", "must", ""):
-        result.add_column(column, justify="left" if column in ("unit", "must", "") else "right")
+        result.add_column(column, justify="left" if column in ("unit", "must", "") else "right", no_wrap=True)
     for row in rows:
         mark = "" if row.must is None else "[green]ok[/]" if row.ok else "[bold red]short[/]"
         figures = (_figure(row.value), row.unit, _figure(row.reference), _figure(row.ratio))

@@ -1,0 +1,47 @@
+"""Which peers to avoid for a while: longer with every failure, forgiven with time. Pure: the clock is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm.types import PeerId
+
+FIRST_SECONDS = 5.0  # after one failure
+LONGEST_SECONDS = 300.0
+FORGIVEN_SECONDS = 600.0  # without a failure, and the count begins anew
+
+
+@dataclass(slots=True)
+class _Record:
+    failures: int
+    failed: float  # when, the last time
+    until: float
+
+
+class Avoidance:
+    """One client's memory of who failed it."""
+
+    def __init__(self) -> None:
+        self._records: dict[PeerId, _Record] = {}
+
+    def failed(self, peer: PeerId, now: float) -> None:
+        """`peer` failed; twice at the same moment counts once."""
+        record = self._records.get(peer)
+        if record is None or now - record.failed > FORGIVEN_SECONDS:
+            record = self._records[peer] = _Record(0, now, now)
+        elif now == record.failed:
+            return
+        record.failures += 1
+        record.failed = now
+        record.until = now + min(FIRST_SECONDS * 2.0 ** (record.failures - 1), LONGEST_SECONDS)
+
+    def avoided(self, now: float) -> set[PeerId]:
+        """Whom to do without if that is possible."""
+        return {peer for peer, record in self._records.items() if record.until > now}
+
+    def failed_since(self, moment: float) -> set[PeerId]:
+        """Who failed after `moment`: not to be tried again even where nobody else is left."""
+        return {peer for peer, record in self._records.items() if record.failed >= moment}
+
+    def __repr__(self) -> str:
+        return f"<Avoidance peers={len(self._records)}>"

@@ -1,0 +1,295 @@
+"""Messages there and back, and every field beyond its limit refused by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm import wire
+from swarm.errors import BadTensor, Malformed, Oversized, ProtocolError, UnknownMessage
+from swarm.wire import Kind
+
+KEY = b"k" * 16
+
+names = st.text(max_size=32)
+counts = st.integers(0, 1 << 40)
+positions = st.integers(0, wire.MAX_POSITIONS)
+keys = st.binary(min_size=16, max_size=16)
+specs = st.builds(
+    wire.TensorSpec, st.sampled_from(list(wire.ITEM_SIZES)), st.lists(st.integers(0, 4096), max_size=4)
+)
+endpoints = st.builds(
+    wire.Endpoint, names, st.lists(st.tuples(names, st.integers(1, 65535)), min_size=1, max_size=8)
+)
+FIELDS: dict[Any, st.SearchStrategy[Any]] = {
+    wire.Echo: st.builds(wire.Echo),
+    wire.Done: st.builds(wire.Done),
+    wire.KeepAlive: st.builds(wire.KeepAlive, keys),
+    wire.CloseSession: st.builds(wire.CloseSession, keys),
+}
+BODIES: list[type[wire.Message]] = list(get_args(wire.Body))
+SAMPLES: dict[type[wire.Message], dict[str, Any]] = {
+    wire.Hello: {"version": 1, "peer": "p", "nonce": b"n" * 32},
+    wire.Proof: {"peer": "p", "signature": b"s" * 64},
+    wire.Goodbye: {"code": "busy", "message": "later"},
+    wire.Failure: {"code": "busy", "message": "later", "peer": "p"},
+}
+
+
+def _strategy(annotation: Any) -> st.SearchStrategy[Any]:
+    """Values of a field, from its type and limits alone: a message that is added is tested without a line here."""
+    info = msgspec.inspect.type_info(annotation)
+    return _of(info)
+
+
+def _of(info: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911 (one line for each type)
+    match info:
+        case msgspec.inspect.IntType():
+            return st.integers(info.ge or 0, info.le if info.le is not None else (info.lt or 1 << 31) - 1)
+        case msgspec.inspect.FloatType():
+            lowest = 1e-3 if info.gt is not None else (info.ge or 0)
+            return st.floats(lowest, info.le or 1e6, allow_nan=False)
+        case msgspec.inspect.BytesType():
+            return st.binary(min_size=info.min_length or 0, max_size=info.max_length or 64)
+        case msgspec.inspect.StrType():
+            return st.text(min_size=info.min_length or 0, max_size=min(info.max_length or 16, 16))
+        case msgspec.inspect.BoolType():
+            return st.booleans()
+        case msgspec.inspect.NoneType():
+            return st.none()
+        case msgspec.inspect.ListType():
+            return st.lists(_of(info.item_type), min_size=info.min_length or 0, max_size=min(info.max_length or 4, 6))
+        case msgspec.inspect.VarTupleType():
+            return st.lists(_of(info.item_type), max_size=4).map(tuple)
+        case msgspec.inspect.TupleType():
+            return st.tuples(*map(_of, info.item_types))
+        case msgspec.inspect.UnionType():
+            return st.one_of(*map(_of, info.types))
+        case msgspec.inspect.EnumType():
+            return st.sampled_from(info.cls)
+        case msgspec.inspect.StructType():
+            return st.builds(info.cls, *(_of(field.type) for field in info.fields))
+    raise AssertionError(f"no values for {info}")
+
+
+def messages(kinds: list[type[wire.Message]]) -> st.SearchStrategy[wire.Message]:
+    """Any message of these kinds."""
+    return st.sampled_from(kinds).flatmap(_strategy)
+
+
+@given(messages(BODIES), st.integers(0, (1 << 62) - 1), st.floats(0, wire.MAX_TIMEOUT))
+def test_every_message_comes_back_as_it_went(message: wire.Message, call: int, timeout: float) -> None:
+    data = wire.pack_envelope(Kind.REQUEST, call, timeout, message)
+    envelope = wire.unpack_envelope(memoryview(data))
+    assert (envelope.kind, envelope.call, envelope.timeout) == (Kind.REQUEST, call, timeout)
+    assert wire.read_body(envelope) == message
+
+
+@given(messages(list(get_args(wire.Handshake))))
+def test_every_greeting_comes_back_as_it_went(message: wire.Message) -> None:
+    assert wire.unpack(wire.pack(message)) == message
+
+
+def test_a_failure_and_a_cancellation_come_back() -> None:
+    failure = wire.Failure("busy", "later", "p")
+    assert wire.read_body(wire.unpack_envelope(wire.pack_envelope(Kind.ERROR, 7, body=failure))) == failure
+    assert wire.read_body(wire.unpack_envelope(wire.pack_envelope(Kind.CANCEL, 7))) is None
+
+
+def test_a_newer_version_may_append_fields() -> None:
+    data = msgpack.packb([0, 1, 1.0, "alive", KEY, "what this version does not know"])
+    assert wire.read_body(wire.unpack_envelope(data)) == wire.KeepAlive(KEY)
+
+
+STEP: list[Any] = ["step", KEY, 0, 1, 0, 0, ["float32", [1, 1, 8]], None, None, None]
+OPEN: list[Any] = ["open", KEY, "model", 0, 4, 1, 128, ["peer", [["host", 1]]]]
+OPENED: list[Any] = ["opened", 30.0, 64, "float32"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "index", "value"),
+    [
+        (["alive", KEY], 1, b"k" * 15),
+        (["alive", KEY], 1, b"k" * 17),
+        (["alive", KEY], 1, "k" * 16),
+        (["alive", KEY], 1, None),
+        (OPEN, 2, "m" * 129),
+        (OPEN, 3, -1),
+        (OPEN, 3, 100_001),
+        (OPEN, 4, "4"),
+        (OPEN, 5, 0),
+        (OPEN, 5, wire.MAX_BATCH + 1),
+        (OPEN, 5, 1.5),
+        (OPEN, 5, True),
+        (OPEN, 6, -1),
+        (OPEN, 6, wire.MAX_POSITIONS + 1),
+        (OPEN, 6, 1 << 63),
+        (OPEN, 7, ["peer", []]),
+        (OPEN, 7, ["peer", [["host", 1]] * 9]),
+        (OPEN, 7, ["peer", [["host", 0]]]),
+        (OPEN, 7, ["peer", [["host", 65536]]]),
+        (OPEN, 7, ["peer", [["h" * 256, 1]]]),
+        (OPEN, 7, ["peer", [["host", 1, 2]]]),
+        (OPEN, 7, ["p" * 129, [["host", 1]]]),
+        (OPENED, 1, math.nan),
+        (OPENED, 1, math.inf),
+        (OPENED, 1, 0.0),
+        (OPENED, 1, -1.0),
+        (OPENED, 2, -1),
+        (OPENED, 3, "f" * 17),
+        (STEP, 2, -1),
+        (STEP, 2, (1 << 40) + 1),
+        (STEP, 4, wire.MAX_POSITIONS + 1),
+        (STEP, 6, ["float32", [1, 1, 1, 1, 1]]),
+        (STEP, 6, ["float32", [-1]]),
+        (STEP, 6, ["float32", [wire.MAX_POSITIONS + 1]]),
+        (STEP, 6, ["f" * 17, [1]]),
+        (STEP, 6, None),
+        (STEP, 7, [0] * (wire.MAX_BATCH + 1)),
+        (STEP, 7, [-1]),
+        (STEP, 7, [wire.MAX_BATCH]),
+    ],
+)
+def test_a_field_beyond_its_limit_is_refused_by_name(fields: list[Any], index: int, value: Any) -> None:
+    wire.read_body(wire.Envelope(Kind.REQUEST, 1, 1.0, fields))  # well as it stands
+    wrong = [*fields[:index], value, *fields[index + 1 :]]
+    with pytest.raises(Malformed, match=rf"message '{fields[0]}': .*\$\[{index}\]"):
+        wire.read_body(wire.unpack_envelope(msgpack.packb([0, 1, 1.0, *wrong])))
+
+
+def test_a_message_without_all_its_fields_is_refused() -> None:
+    for length in range(2, len(STEP) - 1):
+        with pytest.raises(Malformed):
+            wire.read_body(wire.Envelope(Kind.REQUEST, 1, 1.0, STEP[:length]))
+
+
+@pytest.mark.parametrize("tag", ["", "nonsense", None, 7, b"step", ["step"], {}])
+def test_an_unknown_message_is_refused_by_name(tag: Any) -> None:
+    with pytest.raises(UnknownMessage):
+        wire.read_body(wire.Envelope(Kind.REQUEST, 1, 1.0, [tag, KEY]))
+    with pytest.raises(UnknownMessage):
+        wire.read_body(wire.Envelope(Kind.REQUEST, 1, 1.0, []))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        [0, 1],
+        7,
+        "text",
+        None,
+        [0, -1, 1.0],
+        [0, 1 << 62, 1.0],
+        [0, 1.5, 1.0],
+        [0, True, 1.0],
+        [0, 1, math.nan],
+        [0, 1, math.inf],
+        [0, 1, -1.0],
+        [0, 1, wire.MAX_TIMEOUT + 1],
+        [0, 1, "1"],
+        [0, 1, True],
+        [0, 1, None],
+        [5, 1, 1.0],
+        [-1, 1, 1.0],
+        ["0", 1, 1.0],
+        [True, 1, 1.0],
+        [0.0, 1, 1.0],
+    ],
+)
+def test_a_header_that_is_none_is_refused_by_name(header: Any) -> None:
+    with pytest.raises((Malformed, UnknownMessage)):
+        wire.unpack_envelope(msgpack.packb(header))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",  # never used
+        b"\x91",  # an array that ends before its first item
+        b"\x90\x00",  # something after the end
+        b"\xdd\xff\xff\xff\xff",  # four thousand million items
+        b"\xdc\x20\x00" + b"\x00" * 8192,  # more items than are taken
+        b"\x81\x00\x00",  # a map
+        b"\xc6\xff\xff\xff\xff",  # four thousand million bytes
+        b"\x94\x00\x01\x01\xa2\xff\xfe",  # no UTF-8
+        b"\xd6\xff\x00\x00\x00\x00",  # a timestamp
+        b"\x94\x00\x01\x01\xd6\xff\x00\x00\x00\x00",
+        b"\x94\x00\x01\x01\xc7\x01\x05\x00",  # an extension
+        b"\x91" * 60_000,
+        b"\x94\x00\x01\x01" + b"\x91" * 60_000 + b"\x00",
+    ],
+)
+def test_bytes_that_are_no_message_are_refused_by_name(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.read_body(wire.unpack_envelope(data))
+    with pytest.raises(ProtocolError):
+        wire.unpack(data)
+
+
+@pytest.mark.parametrize("depth", [10, 100, 500, 900, 1000, 1022, 1100])
+@pytest.mark.parametrize("before", [b"\x91", b"\x94\x00\x01\x01", b"\x95\x00\x01\x01\xa5alive", b"\x93\x00\x01"])
+def test_deep_nesting_is_refused_by_name(before: bytes, depth: int) -> None:
+    data = before + b"\x91" * depth + b"\x00"
+    with pytest.raises(ProtocolError):
+        wire.read_body(wire.unpack_envelope(data))
+
+
+def test_a_header_that_is_too_long_is_refused_unread() -> None:
+    with pytest.raises(Oversized):
+        wire.unpack_envelope(b"\x00" * (wire.MAX_HEADER + 1))
+
+
+@given(st.binary(max_size=200))
+def test_garbage_raises_named_errors_only(data: bytes) -> None:
+    for read in (wire.unpack, lambda data: wire.read_body(wire.unpack_envelope(data))):
+        try:
+            read(data)
+        except ProtocolError:
+            continue
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=6) | st.binary(
+    max_size=20
+), lambda inner: st.lists(inner, max_size=8), max_leaves=30), st.sampled_from([m.__struct_config__.tag for m in BODIES]))
+def test_other_values_raise_named_errors_only(value: Any, tag: str) -> None:
+    for header in (value, [0, 1, 1.0, tag, value], [0, 1, 1.0, tag, *(value if isinstance(value, list) else [])]):
+        try:
+            wire.read_body(wire.unpack_envelope(msgpack.packb(header)))
+        except ProtocolError:
+            continue
+
+
+@given(st.lists(specs.filter(lambda spec: spec.nbytes() < 10_000), max_size=4))
+def test_a_body_is_split_at_the_tensors(specs: list[wire.TensorSpec]) -> None:
+    size = sum(wire.padded(spec.nbytes()) for spec in specs)
+    body = memoryview(bytes(index % 251 for index in range(size)))
+    views = wire.split_body(body, specs)
+    assert [len(view) for view in views] == [spec.nbytes() for spec in specs]
+    offset = 0
+    for view in views:
+        assert view == body[offset : offset + len(view)]
+        offset += wire.padded(len(view))
+    for wrong in (bytes(size + 1), bytes(size + 8), bytes(max(size - 8, 0))):
+        if len(wrong) != size:
+            with pytest.raises(BadTensor):
+                wire.split_body(memoryview(wrong), specs)
+
+
+def test_a_tensor_of_another_dtype_does_not_travel() -> None:
+    for dtype in ("complex64", "object", ""):
+        with pytest.raises(BadTensor, match="do not travel"):
+            wire.split_body(memoryview(b""), [wire.TensorSpec(dtype, [0])])
+
+
+def test_the_largest_shape_is_only_a_number() -> None:
+    spec = wire.TensorSpec("float32", [wire.MAX_POSITIONS] * 4)
+    with pytest.raises(BadTensor, match="announced"):
+        wire.split_body(memoryview(b""), [spec])
