@@ -199,8 +199,7 @@ def _check_device(name: str) -> None:
         return
     import torch
 
-    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not present[name]():
+    if not (torch.cuda if name == "cuda" else torch.backends.mps).is_available():
         raise UsageError(f"--device {name}: torch finds none on this machine; use cpu")
 
 

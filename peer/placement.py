@@ -1,28 +1,233 @@
-"""Which span a peer should host. Pure."""
+"""Which span a peer should host, and when to move. Pure: the time and chance come from the caller.
+
+A block is as strong as the tokens per second of all its hosts together, and a model as its weakest block. What a
+peer is worth on a span is how much it relieves the blocks there: the sum over the blocks of
+`1 / strength**2 - 1 / (strength + mine)**2`, which weighs the weak ones most. A block without any host comes before
+everything else. (Petals, Borzunov et al. 2023, section 3.2, looks for the weakest window too, and moves whenever the
+weakest block would gain; what is different here is that nobody ever uncovers a block, and that chance, a minimum
+stay and a margin keep peers from running after each other.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from swarm.types import Offer, Span, State
+from swarm.sampling import lot
+from swarm.types import Offer, PeerId, Span, State
+
+EQUAL = 0.05  # spans whose worth differs by less are equally good to a newcomer
+_LEAST_SPEED = 1e-3  # tokens per second that any host is taken to have
+_COVERED = 1e-9  # below, a strength is what adding and taking away leaves of zero
 
 
-def choose_span(offers: Iterable[Offer], num_blocks: int, count: int) -> Span:
-    """The `count` contiguous blocks that the swarm can use most: uncovered ones first, then those with least speed.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How readily a peer moves. Times are in seconds."""
+
+    look: float = 600.0  # between two looks, on average
+    min_stay: float = 3600.0  # on a span, before it is left for one that is worth more
+    urgent_stay: float = 120.0  # on a span, before it is left for blocks that nobody hosts
+    margin: float = 0.5  # how much more another span must be worth, as a fraction
+    chance: float = 0.2  # of moving, for a peer that should: many see the same weak span
+    keepers: int = 2  # hosts of each block that never leave it for a better place
+    urgent_keepers: int = 1  # nor for blocks that nobody hosts
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What placement needs to know of the offers for a model, read at one moment.
+
+    Attributes:
+        strength: tokens per second of each block's hosts, those still joining included, those leaving not.
+        keepers: for each block the online hosts that may be asked to stay, the first ones first.
+        offers: by peer, what they added to the strength: (span, tokens per second).
+    """
+
+    strength: tuple[float, ...]
+    keepers: tuple[tuple[PeerId, ...], ...]
+    offers: dict[PeerId, tuple[Span, float]]
+
+    def without(self, peer: PeerId) -> list[float]:
+        """The strength of each block if that peer were not there."""
+        strength = list(self.strength)
+        if peer in self.offers:
+            span, speed = self.offers[peer]
+            for block in span:
+                strength[block] = max(0.0, strength[block] - speed)
+        return [value if value > _COVERED else 0.0 for value in strength]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Drain, then host `span`."""
+
+    span: Span
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Nothing is to be done."""
+
+    reason: str
+
+
+def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey:
+    """Count what is there. O(offers x blocks of a span)."""
+    changes = [0.0] * (num_blocks + 1)
+    staying: list[list[tuple[bytes, PeerId]]] = [[] for _ in range(num_blocks)]
+    counted: dict[PeerId, tuple[Span, float]] = {}
+    for offer in offers:
+        if offer.state is State.DRAINING:
+            continue
+        speed = max(offer.tokens_per_second, _LEAST_SPEED)
+        counted[offer.peer] = (offer.span, speed)
+        changes[offer.span.start] += speed
+        changes[offer.span.end] -= speed
+        if offer.state is State.ONLINE:
+            _add_keeper(staying, offer, keepers)
+    hosted = _hosted((span for span, _ in counted.values()), num_blocks)
+    strength = [total if count else 0.0 for total, count in zip(accumulate(changes[:-1]), hosted, strict=True)]
+    return Survey(tuple(strength), tuple(tuple(peer for _, peer in row) for row in staying), counted)
+
+
+def _add_keeper(staying: list[list[tuple[bytes, PeerId]]], offer: Offer, keepers: int) -> None:
+    rank = (lot(offer.peer), offer.peer)
+    for block in offer.span:
+        row = staying[block]
+        if len(row) < keepers or rank < row[-1]:
+            row.append(rank)
+            row.sort()
+            del row[keepers:]
+
+
+def _hosted(spans: Iterable[Span], num_blocks: int) -> list[int]:
+    changes = [0] * (num_blocks + 1)
+    for span in spans:
+        changes[span.start] += 1
+        changes[span.end] -= 1
+    return list(accumulate(changes[:-1]))
+
+
+# --- a newcomer -------------------------------------------------------------------------------------------------------
+
+
+def choose_span(
+    offers: Iterable[Offer],
+    num_blocks: int,
+    count: int,
+    *,
+    speed: float = 1.0,
+    chance: random.Random | None = None,
+) -> Span:
+    """The `count` contiguous blocks that the swarm can use most: uncovered ones first, then the weakest.
+
+    Args:
+        speed: tokens per second that the newcomer expects to do through the whole span.
+        chance: spreads newcomers that come at the same time over spans that are about equally good.
 
     Raises `ValueError` where the model has fewer blocks.
     """
-    if not 0 < count <= num_blocks:
-        raise ValueError(f"{count} blocks of a model that has {num_blocks}")
-    strength = [0.0] * num_blocks
-    for offer in offers:
-        if offer.state is not State.DRAINING:
-            for block in offer.span:
-                strength[block] += max(offer.tokens_per_second, 1e-3)
+    return best_span(survey(offers, num_blocks).strength, count, speed, chance)
 
-    def weakness(start: int) -> tuple[int, float, int]:
-        here = strength[start : start + count]
-        return (-here.count(0.0), sum(here), start)
 
-    start = min(range(num_blocks - count + 1), key=weakness)
-    return Span(start, start + count)
+def best_span(strength: Sequence[float], count: int, speed: float, chance: random.Random | None = None) -> Span:
+    """Like `choose_span`, of blocks of this strength. O(blocks)."""
+    if not 0 < count <= len(strength):
+        raise ValueError(f"{count} blocks of a model that has {len(strength)}")
+    empty = [0, *accumulate(value <= _COVERED for value in strength)]
+    relief = [0.0, *accumulate(_relief(value, speed) for value in strength)]
+    windows = [Span(start, start + count) for start in range(len(strength) - count + 1)]
+    most = max(empty[w.end] - empty[w.start] for w in windows)
+    windows = [w for w in windows if empty[w.end] - empty[w.start] == most]
+    worth = {w: relief[w.end] - relief[w.start] for w in windows}
+    if most:
+        windows = [w for w in windows if _leaves_no_chink(w, empty)] or windows
+    best = max(worth[w] for w in windows)
+    if chance is None:
+        return next(w for w in windows if worth[w] == best)
+    return chance.choice([w for w in windows if worth[w] >= best * (1 - EQUAL)])
+
+
+def _relief(strength: float, speed: float) -> float:
+    """How much better a block is for one host more: see the head of this file. None where there was no host."""
+    return 1 / strength**2 - 1 / (strength + speed) ** 2 if strength > _COVERED else 0.0
+
+
+def _leaves_no_chink(window: Span, empty: Sequence[int]) -> bool:
+    """Whether the uncovered blocks before the window are as many as whole windows of that size would fill."""
+    start = window.start
+    while start > 0 and empty[start] > empty[start - 1]:
+        start -= 1
+    return (window.start - start) % len(window) == 0
+
+
+# --- a resident -------------------------------------------------------------------------------------------------------
+
+
+def decide(
+    seen: Survey,
+    mine: Offer,
+    *,
+    since: float,
+    now: float,
+    chance: random.Random,
+    count: int | None = None,
+    policy: Policy = Policy(),
+) -> Move | Stay:
+    """Whether the host of `mine` should move, to `count` blocks (as many as now, if None).
+
+    Args:
+        seen: of offers read a moment ago; that of `mine` may be among them or not.
+        since: when it came to its span, in seconds of the same clock as `now`.
+    """
+    if mine.state is not State.ONLINE:
+        return Stay(f"it is {mine.state}")
+    stayed = now - since
+    if stayed < policy.urgent_stay:
+        return Stay(f"it came only {stayed:.0f} s ago")
+    others = seen.without(mine.peer)
+    speed = max(mine.tokens_per_second, _LEAST_SPEED)
+    target = best_span(others, count or len(mine.span), speed, chance)
+    urgent = _holes(others, target) > _holes(others, mine.span)
+    if not urgent and stayed < policy.min_stay:
+        return Stay(f"it came only {stayed:.0f} s ago")
+    if not urgent and (reason := _not_worth_it(others, mine.span, target, speed, policy.margin)):
+        return Stay(reason)
+    if held := _held(seen, mine, target, policy.urgent_keepers if urgent else policy.keepers):
+        return Stay(f"blocks {held[0]}.. need it")
+    if chance.random() >= policy.chance:
+        return Stay(f"{target} is left to others this time")
+    return Move(target, f"nobody hosts all of {target}" if urgent else f"{target} is weaker")
+
+
+def _holes(strength: Sequence[float], span: Span) -> int:
+    return sum(strength[block] <= _COVERED for block in span)
+
+
+def _not_worth_it(others: Sequence[float], here: Span, there: Span, speed: float, margin: float) -> str:
+    if _holes(others, here) > 0:
+        return "nobody else hosts some of its blocks"
+    now, then = (sum(_relief(others[block], speed) for block in span) for span in (here, there))
+    return "" if then > (1 + margin) * now else f"{there} is worth no more than {then / now - 1:+.0%}"
+
+
+def _held(seen: Survey, mine: Offer, target: Span, keepers: int) -> list[int]:
+    """The blocks that its host may not leave: those of which it is one of the first online hosts.
+
+    The order of hosts is the same for all, so of the hosts that decide at the same moment, from the same offers, the
+    first ones stay: however many move, `keepers` hosts of every block remain.
+    """
+    return [
+        block
+        for block in mine.span
+        if block not in target and (mine.peer in (row := seen.keepers[block])[:keepers] or len(row) < keepers)
+    ]
+
+
+def pauses(policy: Policy, chance: random.Random) -> float:
+    """Seconds until the next look: random, so that not all look at once."""
+    return policy.look * chance.uniform(0.5, 1.5)

@@ -83,7 +83,9 @@ class PeerProcess:
         return self.log.read_text(errors="replace")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End it and everything it started; its exit code."""
+        """End it and everything it started; its exit code. A second call does nothing."""
+        if self._log_handle.closed:
+            return int(self.process.returncode)
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)

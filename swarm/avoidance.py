@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from swarm.types import PeerId
 
 FIRST_SECONDS = 5.0  # after one failure
+FIRST_REST_SECONDS = 0.5
 LONGEST_SECONDS = 300.0
 FORGIVEN_SECONDS = 600.0  # without a failure, and the count begins anew
 
@@ -39,9 +40,12 @@ class Avoidance:
         """Whom to do without if that is possible."""
         return {peer for peer, record in self._records.items() if record.until > now}
 
-    def failed_since(self, moment: float) -> set[PeerId]:
-        """Who failed after `moment`: not to be tried again even where nobody else is left."""
-        return {peer for peer, record in self._records.items() if record.failed >= moment}
+    def resting(self, now: float) -> set[PeerId]:
+        """Whom not to ask again yet even where nobody else is left; a part of those that are avoided."""
+        share = FIRST_REST_SECONDS / FIRST_SECONDS
+        return {
+            p for p, record in self._records.items() if now < record.failed + share * (record.until - record.failed)
+        }
 
     def __repr__(self) -> str:
         return f"<Avoidance peers={len(self._records)}>"

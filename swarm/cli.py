@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 import swarm
-from swarm.errors import NoRoute, RemoteError, UsageError
+from swarm.errors import RemoteError, ShoalError, UsageError
 from swarm.hub import DEFAULT_MODEL
 from swarm.terminal import (
     ProgressBars,
@@ -140,15 +139,18 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
     set_up_logging(verbose)
+    with suppress(ImportError):  # there is none for Windows
+        importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
     with errors_told(), _talking_to(model_name, initial_peers, wait) as conversation:
-        console.print("[dim]Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.[/]")
+        console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
         messages = list(begin)
+        options = _options(max_new_tokens, temperature, top_p, seed)
         while (said := _read_line()) is not None:
             if said == "/new":
                 messages = list(begin)
             elif said:
-                _turn(conversation, messages, said, _options(max_new_tokens, temperature, top_p, seed))
+                _turn(conversation, messages, said, options)
 
 
 @app.command()
@@ -163,37 +165,40 @@ def status(
 ) -> None:
     """Show which blocks are online how many times, and the peers that host them."""
     set_up_logging(verbose)
-    run(lambda stop: _status(initial_peers, model_name, as_json, watch, stop))
+    run(lambda stop: unless_stopped(_status(initial_peers, model_name, as_json, watch), stop))
 
 
 # --- generate and chat ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _talking_to(model_name: str, initial_peers: list[str], wait: float) -> Iterator[Any]:
+def _talking_to(model_name: str, initial_peers: list[str], wait: float) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     bars = ProgressBars()
-    with console.status("joining the swarm") as spinner:
+    try:
+        bars(f"joining the swarm of {model_name}", 0, 0)
         from swarm.hub import resolve
 
         folder = resolve(model_name, bars)
-        bars.stop()
         from swarm.client import SwarmModelForCausalLM
         from swarm.conversation import Conversation, load_tokenizer
 
-        def waiting(missing: tuple[Span, ...]) -> None:
-            console.print(f"waiting for a peer that hosts blocks {', '.join(map(str, missing))}")
-
+        tokenizer = load_tokenizer(str(folder))
         model: Any = SwarmModelForCausalLM.from_pretrained(
-            folder, initial_peers=initial_peers, wait=wait, on_missing=waiting
+            folder, initial_peers=initial_peers, wait=wait, on_missing=_tell_missing
         )
-        spinner.update("loading the tokenizer")
-        conversation = Conversation(model, load_tokenizer(str(folder)))
+    finally:
+        bars.stop()
+    conversation = Conversation(model, tokenizer)
     try:
         yield conversation
     finally:
         conversation.forget()
         model.close()
+
+
+def _tell_missing(missing: tuple[Span, ...]) -> None:
+    console.print(f"waiting for a peer that hosts blocks {', '.join(map(str, missing))}")
 
 
 def _options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def _options(max_new_tokens: int, temperature: float, top_p: float, seed: int | 
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
-def _turn(conversation: Any, messages: list[dict[str, str]], said: str, options: dict[str, Any]) -> None:
+def _turn(conversation: Conversation, messages: list[dict[str, str]], said: str, options: dict[str, Any]) -> None:
     """One question and its answer; the history keeps what was said of it, whole or stopped."""
     messages.append({"role": "user", "content": said})
     pieces: list[str] = []
@@ -217,15 +222,14 @@ def _turn(conversation: Any, messages: list[dict[str, str]], said: str, options:
 
     try:
         answer = conversation.answer(conversation.encode(messages), told, **options)
-    except (UsageError, NoRoute) as error:
-        messages.pop()
-        console.print(f"[bold red]error:[/] {error}")
-        return
-    except KeyboardInterrupt:
-        console.print("\n[dim](stopped)[/]")
-    else:
         _write("\n")
         _print_summary(answer)
+    except ShoalError as error:  # the next question may well be answered
+        messages.pop()
+        console.print(error_line(str(error)), soft_wrap=True)
+        return
+    except KeyboardInterrupt:
+        console.print("\n(stopped)", style="dim")
     messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
@@ -233,11 +237,12 @@ def _read_line() -> str | None:
     """What the user types; None when it is enough."""
     while True:
         try:
-            line = console.input("[bold]> [/]").strip()
+            line = input("> ").strip()
         except EOFError:
+            _write("\n")
             return None
         except KeyboardInterrupt:
-            console.print()
+            _write("\n")
             continue
         return None if line in ("/quit", "/exit") else line
 
@@ -247,64 +252,72 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_summary(answer: Any) -> None:
-    console.print(
-        f"[dim]{len(answer.tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s, "
-        f"first after {answer.first_seconds:.2f} s, by {answer.route.replace('[', chr(92) + '[')}[/]"
-    )
+def _print_summary(answer: Answer) -> None:
+    count = len(answer.tokens)
+    speed = f", {answer.tokens_per_second:.1f} tokens/s" if count > 1 else ""
+    text = f"{count} tokens{speed}, first after {answer.first_seconds:.2f} s, by {answer.route}"
+    console.print(Text(text, style="dim"), soft_wrap=True)
 
 
 # --- status --------------------------------------------------------------------------------------------------------
 
 
-async def _status(
-    initial_peers: list[str], model_name: str | None, as_json: bool, watch: bool, stop: asyncio.Event
-) -> None:
+async def _status(initial_peers: list[str], model_name: str | None, as_json: bool, watch: bool) -> None:
     from swarm.discovery import Discovery
     from swarm.identity import Identity
 
-    discovery = await Discovery.start(Identity.generate(), initial_peers, client_mode=True)
-    try:
+    async with await Discovery.start(Identity.generate(), initial_peers, client_mode=True) as discovery:
         if not watch:
-            _show(await _look(discovery, model_name), as_json)
+            _show(await _look(discovery, model_name), model_name, as_json)
             return
-        with Live(auto_refresh=False, screen=False) as live:
-            while not stop.is_set():
-                found = await _look(discovery, model_name)
-                if as_json:
-                    _show(found, as_json)
-                else:
-                    live.update(_tables(found), refresh=True)
-                await asyncio.wait({asyncio.ensure_future(stop.wait())}, timeout=WATCH_SECONDS)
-    finally:
-        await discovery.close()
+        screen = Console()
+        live = Live(console=screen, auto_refresh=False) if screen.is_terminal and not as_json else None
+        with live or nullcontext():
+            while True:
+                with suppress(RemoteError):  # the DHT did not answer in time: what was seen last stays
+                    found = await _look(discovery, model_name)
+                    if live is None:
+                        _show(found, model_name, as_json)
+                    else:
+                        live.update(_tables(found, model_name, screen), refresh=True)
+                await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _look(discovery: Any, model_name: str | None) -> dict[ModelId, list[Offer]]:
+async def _look(discovery: Discovery, model_name: str | None) -> dict[ModelId, list[Offer]]:
     found: dict[ModelId, list[Offer]] = {}
     for model, listing in (await discovery.models()).items():
-        if model_name is None or model.startswith(model_name) or listing.name == model_name.rstrip("/").split("/")[-1]:
+        if model_name is None or _is_called(model, listing.name, model_name):
             found[model] = await discovery.offers(model, listing.num_blocks)
     return {model: offers for model, offers in found.items() if offers}
 
 
-def _tables(found: dict[ModelId, list[Offer]]) -> Any:
-    from swarm.status import as_table
+def _is_called(model: ModelId, name: str, wanted: str) -> bool:
+    """Whether `wanted`, a model's name or path or the beginning of its id, means this one."""
+    return model.startswith(wanted) or name.casefold() == wanted.rstrip("/").rpartition("/")[2].casefold()
 
-    return Group(*(as_table(model, offers) for model, offers in found.items())) if found else "nobody hosts a model"
+
+def _tables(found: dict[ModelId, list[Offer]], model_name: str | None, screen: Console) -> RenderableType:
+    from swarm.status import WIDE, as_table
+
+    if not found:
+        return f"nobody hosts {model_name or 'a model'}"
+    wide = screen.width >= WIDE or not screen.is_terminal
+    return Group(*(as_table(model, offers, wide) for model, offers in found.items()))
 
 
-def _show(found: dict[ModelId, list[Offer]], as_json: bool) -> None:
-    from rich import print as show
-
+def _show(found: dict[ModelId, list[Offer]], model_name: str | None, as_json: bool) -> None:
+    from swarm.status import WIDE
     from swarm.status import as_json as described
 
     if as_json:
-        print(json.dumps([described(model, offers) for model, offers in found.items()]))
-    else:
-        show(_tables(found))
+        print(json.dumps([described(model, offers) for model, offers in found.items()]), flush=True)
+        return
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = WIDE  # a file has no edge
+    screen.print(_tables(found, model_name, screen))
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script."""
-    app(spread(sys.argv[1:]))
+    run_app(app)

@@ -19,10 +19,10 @@ import torch
 from swarm.background import BackgroundLoop
 from swarm.caches import LengthCache
 from swarm.checkpoint import Checkpoint
-from swarm.errors import UsageError
+from swarm.errors import ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
-from swarm.network import Network
+from swarm.network import Network, Waiting
 from swarm.session import Session, StepMeta
 from swarm.types import ModelId, Route, Span
 
@@ -47,6 +47,7 @@ class SwarmCache(LengthCache):
         self.session: Session | None = None
         self.rows: list[int] | None = None  # which earlier rows the next step's rows continue
         self.padded = False  # whether some position was masked out
+        self._inputs: list[torch.Tensor] = []  # the token ids that were run, [B, N] each
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     @property
@@ -58,6 +59,8 @@ class SwarmCache(LengthCache):
         """Row i continues what was row `beam_idx[i]`."""
         rows: list[int] = beam_idx.tolist()
         self.rows = rows if self.rows is None else [self.rows[row] for row in rows]
+        if (tokens := self.tokens) is not None:
+            self._inputs = [tokens[beam_idx.to(tokens.device)]]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices)
@@ -69,6 +72,8 @@ class SwarmCache(LengthCache):
     def crop(self, max_length: int) -> None:
         """Forget all but `max_length` positions or, where it is negative, so many of the last."""
         self.length = min(self.length, max_length) if max_length > 0 else max(0, self.length + max_length)
+        if (tokens := self.tokens) is not None:
+            self._inputs = [tokens[:, : self.length]]
 
     def reset(self) -> None:
         self.crop(-self.length)
@@ -77,6 +82,18 @@ class SwarmCache(LengthCache):
         """Give the leases back. What was cached is gone; garbage collection does the same."""
         if self._finalizer is not None:
             self._finalizer()
+
+    def note(self, input_ids: torch.Tensor | None) -> None:
+        """Keep the token ids of a forward, so that an error can carry what was generated before it."""
+        if input_ids is not None:
+            self._inputs.append(input_ids)
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The token ids that this session was given, [B, N]: None where it was given embeddings, or rows have moved."""
+        if not self._inputs or len({len(ids) for ids in self._inputs}) > 1:
+            return None
+        return torch.cat(self._inputs, dim=1)
 
     def bind(self, session: Session, background: BackgroundLoop) -> None:
         """From now on `session` is this cache's, and ends with it."""
@@ -104,15 +121,14 @@ class Chain:
     """The swarm as the one block of a model: hidden states in, hidden states out."""
 
     def __init__(
-        self, background: BackgroundLoop, network: Network, model: ModelId, config: PreTrainedConfig, wait: float
+        self, background: BackgroundLoop, network: Network, model: ModelId, config: PreTrainedConfig, waiting: Waiting
     ) -> None:
         self.background = background
         self.network = network
         self.model = model
         self.num_blocks = num_blocks(config)
         self.context = context_of(config)
-        self.wait = wait
-        self.on_missing: Callable[[tuple[Span, ...]], None] | None = None
+        self.waiting = waiting
         self.call = _Call()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -154,8 +170,7 @@ class Chain:
                 self.num_blocks,
                 batch=hidden.shape[0],
                 max_length=length,
-                wait=self.wait,
-                on_missing=self.on_missing,
+                waiting=self.waiting,
             )
             cache.bind(session, self.background)
         assert cache.session is not None
@@ -209,6 +224,7 @@ class SwarmMixin:
         call.attention_mask = given.get("attention_mask")
         call.position_ids = given.get("position_ids")
         keep = given.get("logits_to_keep", 0)
+        cache.note(given.get("input_ids"))
         call.keep = keep if isinstance(keep, int) and not given.get("output_hidden_states") else 0
         return {**given, "past_key_values": cache}
 
@@ -258,6 +274,7 @@ class SwarmModelForCausalLM:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         wait: float = 0.0,
+        failover_wait: float = 10.0,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
@@ -266,6 +283,7 @@ class SwarmModelForCausalLM:
             initial_peers: addresses of any peers of the swarm, as `peer serve` prints them.
             dtype: what the embeddings and the head compute in; the peers' own is in their offers.
             wait: seconds to wait for blocks that nobody hosts, before `NoRoute` is raised.
+            failover_wait: the same, in the middle of an answer whose host has gone; at least `wait`.
             on_missing: told which blocks are waited for, each time they change.
 
         Raises:
@@ -278,8 +296,8 @@ class SwarmModelForCausalLM:
         try:
             network = background.run(Network.start(list(initial_peers)))
             background.at_close(network.close)
-            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), wait)
-            chain.on_missing = on_missing
+            waiting = Waiting(wait, failover_wait, on_missing)
+            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
         except BaseException:
             background.close()
@@ -290,6 +308,14 @@ class SwarmModelForCausalLM:
         _wrap_forward(model)
         model.train(False)
         return model
+
+
+def _carrying(cache: SwarmCache, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except ShoalError as error:
+        error.generated = cache.tokens
+        raise
 
 
 def _mixin() -> type:
@@ -309,7 +335,7 @@ def _wrap_forward(model: Any) -> None:
         bound = model._bind(given)
         try:
             with torch.no_grad():
-                output = inner(**bound)
+                output = _carrying(bound["past_key_values"], lambda: inner(**bound))
             if throwaway:
                 output.past_key_values = None  # or generate() would go on with it
             return output

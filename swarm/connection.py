@@ -93,6 +93,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         context: for TLS, of the listener's or the dialler's side.
         wanted: whom we dial; None for the listener's side.
         gone: called once the socket is closed.
+        accept: called once a dialler has proven itself: who is told what it says.
     """
 
     peer = PeerId("")  # known once `ready` is done
@@ -104,11 +105,13 @@ class TcpConnection(asyncio.BufferedProtocol):
         wanted: PeerId | None,
         limits: Limits,
         gone: Callable[[TcpConnection], None],
+        accept: Callable[[Connection], Receiver] | None = None,
     ) -> None:
         self._identity = identity
         self._wanted = wanted
         self._limits = limits
         self._gone = gone
+        self._accept = accept
         self._loop = asyncio.get_running_loop()
         self._tls = TlsPipe(context, server_side=wanted is None)
         self._raw = np.empty(_READ, np.uint8).data  # not zeroed: pages that are never used cost nothing
@@ -321,10 +324,12 @@ class TcpConnection(asyncio.BufferedProtocol):
             self.peer = PeerId(message.peer)
         else:
             raise Malformed(f"{type(message).__name__} at the wrong time")
-        if self._transport is not None:
-            self._transport.pause_reading()  # until somebody listens
         self.ready.set_result(None)
         self._watch_frames()
+        if self._accept is not None:
+            self.attach(self._accept(self))
+        elif self._transport is not None:
+            self._transport.pause_reading()  # until somebody listens
 
     def _answer(self, hello: wire.Hello, wanted: PeerId) -> None:
         if hello.version != wire.PROTOCOL_VERSION:

@@ -149,7 +149,7 @@ class Discovery:
 
     async def peers_seen(self) -> int:
         """How many other peers the daemon is connected to, for a status line."""
-        return await self._membership.look_around(_READ_SECONDS)
+        return len(await self._membership.ask(Node.known, _READ_SECONDS))
 
     async def close(self) -> None:
         """Withdraw the offer, stop everything, leave nothing behind. Takes a second or two at most; may be repeated."""

@@ -6,11 +6,17 @@ code and a class. A message says what was wrong and, for a user's mistake, what 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ShoalError(Exception):
-    """The root of everything that Shoal raises on purpose."""
+    """The root of everything that Shoal raises on purpose.
+
+    Attributes:
+        generated: where `generate()` could not go on: the tokens so far, the prompt included, [B, N].
+    """
+
+    generated: Any = None
 
 
 class LocalError(ShoalError):

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from swarm.errors import Malformed, Oversized
+from swarm.errors import Malformed, Oversized, ProtocolError
 from swarm.wire import MAX_BODY, MAX_HEADER
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -130,6 +130,7 @@ class FrameReader:
         self._filled = 0
         self._partials: dict[int, _Partial] = {}
         self._target: tuple[int, int] | None = None  # the stream whose chunk is arriving, and its bytes to come
+        self._broken: ProtocolError | None = None  # found behind messages that were well
         self.frames = 0  # heads read so far: the caller's clock for slow senders
 
     @property
@@ -143,7 +144,9 @@ class FrameReader:
         return self._target is not None
 
     def buffer(self) -> memoryview:
-        """Where the next bytes are to be written; never empty."""
+        """Where the next bytes are to be written; never empty. Raises what `advance` found behind good messages."""
+        if self._broken is not None:
+            raise self._broken
         if self._target is None:
             return self._view[self._filled :]
         partial, left = self._partials[self._target[0]], self._target[1]
@@ -156,13 +159,21 @@ class FrameReader:
             self._extend(self._target[0], count, self._target[1] - count, messages.append)
             return messages
         self._filled += count
+        try:
+            self._take(messages.append)
+        except ProtocolError as error:
+            if not messages:
+                raise
+            self._broken = error
+        return messages
+
+    def _take(self, deliver: Callable[[Received], None]) -> None:
         start = 0
-        while (used := self._frame(start, messages.append)) > 0:
+        while (used := self._frame(start, deliver)) > 0:
             start += used
         if start:
             self._scratch[: self._filled - start] = self._view[start : self._filled]
             self._filled -= start
-        return messages
 
     def _frame(self, start: int, deliver: Callable[[Received], None]) -> int:
         """Read one frame at `start`; how many bytes of the scratch it used, 0 where it is not there yet."""

@@ -135,7 +135,9 @@ class Membership:
         try:
             await self._node.join({*self._initial_peers, *self._known})
         except CannotJoin as error:
-            logger.warning("nobody of the swarm answers: %s", error)
+            # Whom the first peer of a swarm knows may be clients alone, and these do not answer.
+            level = logging.WARNING if self._initial_peers else logging.INFO
+            logger.log(level, "nobody of the swarm answers: %s", error)
 
     async def close(self) -> None:
         """Stop the node and everything around it. May be repeated."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
@@ -16,14 +16,20 @@ from swarm.routing import find_route, uncovered
 from swarm.rpc import Rpc
 from swarm.session import Session, Sessions, Shunned
 from swarm.transport import TcpTransport
-from swarm.types import ModelId, Offer, PeerId, Route, Span
+from swarm.types import ModelId, Offer, Route, Span
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between two looks at the DHT while waiting for blocks
-FAILOVER_WAIT = 10.0  # seconds, at least, to wait for a new host in the middle of an answer
 
-OnMissing = Callable[[tuple[Span, ...]], None]
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How long a user is ready to wait for blocks that nobody hosts, and who is told of it."""
+
+    first: float = 0.0  # seconds, before the first step
+    failover: float = 10.0  # seconds, in the middle of an answer; at least as long as before the first step
+    on_missing: Callable[[tuple[Span, ...]], None] | None = None  # told which, each time they change
 
 
 class Network:
@@ -51,14 +57,10 @@ class Network:
         *,
         batch: int,
         max_length: int,
-        wait: float = 0.0,
-        on_missing: OnMissing | None = None,
+        waiting: Waiting = Waiting(),
     ) -> Session:
-        """A session of `batch` rows and up to `max_length` positions; its first step opens it.
-
-        For blocks that nobody hosts it waits up to `wait` seconds, and tells `on_missing` each time they change.
-        """
-        find = _Finder(self, model, num_blocks, wait, on_missing)
+        """A session of `batch` rows and up to `max_length` positions; its first step opens it."""
+        find = _Finder(self, model, num_blocks, waiting)
         return Session(self.sessions, model, num_blocks, find, batch, max_length)
 
     async def close(self) -> None:
@@ -71,47 +73,31 @@ class Network:
 class _Finder:
     """Finds routes for one session."""
 
-    def __init__(
-        self, network: Network, model: ModelId, num_blocks: int, wait: float, on_missing: OnMissing | None
-    ) -> None:
+    def __init__(self, network: Network, model: ModelId, num_blocks: int, waiting: Waiting) -> None:
         self._network = network
         self._model = model
         self._num_blocks = num_blocks
-        self._wait = wait
-        self._on_missing = on_missing
+        self._waiting = waiting
         self._chance = random.Random()
         self._told: tuple[Span, ...] = ()
 
-    async def __call__(self, span: Span, shunned: Callable[[], Shunned]) -> Route:
+    async def __call__(self, span: Span, shunned: Callable[[], Shunned], trouble: float | None) -> Route:
         """The best route of the moment over `span`. Raises `NoRoute` when it has waited long enough."""
         loop = asyncio.get_running_loop()
-        whole = len(span) == self._num_blocks
-        deadline = loop.time() + (self._wait if whole else max(self._wait, FAILOVER_WAIT))
+        wait = self._waiting.first
+        deadline = loop.time() + wait if trouble is None else trouble + max(wait, self._waiting.failover)
         while True:
             offers = await self._network.offers(self._model, self._num_blocks)
             rather, ever = shunned()
             for avoid in (rather, ever):
                 with contextlib.suppress(NoRoute):
-                    return _route(offers, span, avoid, self._chance)
+                    return find_route(offers, span, avoid=avoid, chance=self._chance)
             if loop.time() >= deadline:
-                return _route(offers, span, ever, self._chance)  # raises, and says which blocks
-            self._tell(uncovered(offers, self._num_blocks))
+                return find_route(offers, span, avoid=ever, chance=self._chance)  # raises, and says which blocks
+            self._tell(uncovered([offer for offer in offers if offer.peer not in ever], self._num_blocks))
             await asyncio.sleep(POLL_SECONDS)
 
     def _tell(self, missing: tuple[Span, ...]) -> None:
-        if missing != self._told and missing and self._on_missing is not None:
-            self._on_missing(missing)
+        if missing != self._told and missing and self._waiting.on_missing is not None:
+            self._waiting.on_missing(missing)
         self._told = missing
-
-
-def _route(offers: list[Offer], span: Span, avoid: set[PeerId], chance: random.Random) -> Route:
-    if span.start == 0 and all(offer.num_blocks == span.end for offer in offers):
-        return find_route(offers, span.end, avoid=avoid, chance=chance)
-    inside = []
-    for offer in offers:
-        start, end = max(offer.span.start, span.start), min(offer.span.end, span.end)
-        if start < end:
-            inside.append(replace(offer, span=Span(start - span.start, end - span.start)))
-    route = find_route(inside, len(span), avoid=avoid, chance=chance)
-    moved = (replace(hop, span=Span(hop.span.start + span.start, hop.span.end + span.start)) for hop in route)
-    return Route(tuple(moved))

@@ -18,7 +18,7 @@ import msgspec
 
 from swarm.errors import Forged, Malformed, Oversized, UsageError
 from swarm.identity import Identity, verify
-from swarm.types import Address, ModelId, Offer, PeerId, Span, State
+from swarm.types import Address, Coordinate, ModelId, Offer, PeerId, Span, State
 
 LIFETIME = 60.0  # seconds from an offer's issue to its expiry
 MAX_SKEW = 5.0  # seconds that clocks may differ; hivemind lets nobody in with more than 3
@@ -48,6 +48,10 @@ class Record:
 _Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Time = Annotated[float, msgspec.Meta(ge=0, le=1e11)]  # seconds since the epoch
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+_Axis = Annotated[float, msgspec.Meta(ge=-60, le=60)]  # seconds
+_Height = Annotated[float, msgspec.Meta(ge=0, le=60)]  # seconds
+_Error = Annotated[float, msgspec.Meta(ge=0, le=10)]
 _Host = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z.:%_-]{1,253}\Z")]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -76,6 +80,10 @@ class _Body(msgspec.Struct):
     version: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z.+-]{0,32}\Z")]
     issued: _Time
     expires: _Time
+    coordinate: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None = None
+    seconds_per_block: _Seconds = 0.0
+    prefill_seconds_per_block: _Seconds = 0.0
+    queue: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
 _Shape = TypeVar("_Shape")
@@ -107,6 +115,8 @@ def _body_of(offer: Offer) -> bytes:
     fields["span"] = (offer.span.start, offer.span.end)
     fields["addresses"] = [(address.host, address.port) for address in offer.addresses]
     fields["state"] = str(offer.state)
+    if (place := offer.coordinate) is not None:
+        fields["coordinate"] = (*place.vector, place.height, place.error)
     body: bytes = msgpack.packb(fields)
     return body
 
@@ -127,6 +137,7 @@ def _offer_of(peer: PeerId, body: bytes) -> Offer:
         "model": ModelId(value.model),
         "span": Span(start, end),
         "addresses": tuple(Address(host, port) for host, port in value.addresses),
+        "coordinate": Coordinate(value.coordinate[:3], *value.coordinate[3:]) if value.coordinate else None,
     }
     return Offer(peer=peer, **fields)
 

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT = 10.0  # seconds for a hop to grant a lease
 PROBE_TIMEOUT = 0.5  # seconds for a hop to say that it lives
-RETRY_SECONDS = 0.5  # before a peer that failed is asked again, where nobody else is left
 REPLAY_POSITIONS = 256  # of a replayed step, at most
 _UNKNOWN = -1  # how far a hop is after a step was given up in the middle
 MAX_ATTEMPTS = 64  # of one step: an end to what would otherwise go on for ever
@@ -56,8 +55,9 @@ class Shunned(NamedTuple):
     ever: set[PeerId]  # in any case
 
 
-RouteFinder = Callable[[Span, Callable[[], Shunned]], Awaitable[Route]]
-"""Finds hops for a span, waiting for missing blocks as long as the user wants. Raises `NoRoute`."""
+RouteFinder = Callable[[Span, Callable[[], Shunned], "float | None"], Awaitable[Route]]
+"""Finds hops for a span, waiting as long as the user wants: since then, on the loop's clock, where a hop has failed,
+from now on where the session only begins. Raises `NoRoute`."""
 
 
 @dataclass(slots=True)
@@ -155,6 +155,7 @@ class Session:
         self._closed = False
         self._needed = 0  # positions, for the step under way
         self._refused: set[PeerId] = set()  # who said no to the step under way
+        self._trouble: float | None = None  # since when the step under way meets failures, on the loop's clock
 
     @property
     def route(self) -> Route | None:
@@ -193,6 +194,7 @@ class Session:
             raise
         finally:
             self._refused.clear()
+            self._trouble = None
         self.length = meta.position + hidden.shape[1]
         return output
 
@@ -210,6 +212,8 @@ class Session:
                 raise
             except RemoteError as error:
                 log.info("step failed session=%s error=%r peer=%s", self.key.hex()[:8], str(error), error.peer[-6:])
+                if self.length:
+                    self._trouble = self._trouble or asyncio.get_running_loop().time()
                 self._blame(error)
                 last = error
         raise SessionLost(f"step {number} failed {MAX_ATTEMPTS} times, last with: {last}")
@@ -309,7 +313,7 @@ class Session:
     def _shunned(self) -> Shunned:
         now = asyncio.get_running_loop().time()
         avoidance = self._owner.avoidance
-        ever = self._refused | avoidance.failed_since(now - RETRY_SECONDS)
+        ever = self._refused | avoidance.resting(now)
         return Shunned(avoidance.avoided(now) | ever, ever)
 
     def _lost(self, link: Link) -> None:
@@ -350,7 +354,7 @@ class Session:
             self.failovers += 1
 
     async def _find(self, span: Span) -> list[Place]:
-        return [Place(hop) for hop in await self._find_route(span, self._shunned)]
+        return [Place(hop) for hop in await self._find_route(span, self._shunned, self._trouble)]
 
     def _dismiss(self, place: Place) -> None:
         if place.link is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from swarm.routing import uncovered
 from swarm.types import ModelId, Offer, State
+
+WIDE = 110  # columns that a whole table needs
 
 
 def coverage(offers: Sequence[Offer], num_blocks: int) -> list[int]:
@@ -45,26 +47,29 @@ def _peer_json(offer: Offer) -> dict[str, Any]:
     return {name: fields[name] for name in fields if name not in ("model", "name", "num_blocks")}
 
 
-def as_table(model: ModelId, offers: Sequence[Offer]) -> RenderableType:
-    """One model's state, for people."""
+def as_table(model: ModelId, offers: Sequence[Offer], wide: bool = True) -> RenderableType:
+    """One model's state, for people; not `wide`, it has no addresses and fits into 80 columns."""
     blocks = offers[0].num_blocks
     table = Table(title=f"{offers[0].name}  {model[:12]}", title_justify="left", box=None, pad_edge=False)
-    for column in ("peer", "blocks", "state", "tokens/s", "cache", "sessions", "dtype", "address", "version"):
-        table.add_column(column, justify="right" if column in ("tokens/s", "cache", "sessions") else "left")
+    for column in ("peer", "blocks", "state", "tokens/s", "cache", "sessions", "dtype", "version"):
+        numbers = column in ("tokens/s", "cache", "sessions")
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    if wide:
+        table.add_column("address", no_wrap=True)
     for offer in sorted(offers, key=lambda offer: (offer.span, offer.peer)):
-        used = 1.0 - offer.cache_free / offer.cache_tokens if offer.cache_tokens else 0.0
-        table.add_row(
-            offer.peer[-8:],
-            str(offer.span),
-            Text(offer.state, style="green" if offer.state is State.ONLINE else "yellow"),
-            f"{offer.tokens_per_second:.1f}",
-            f"{used:.0%} of {offer.cache_tokens}",
-            str(offer.sessions),
-            offer.dtype,
-            str(offer.addresses[0]),
-            offer.version,
-        )
+        table.add_row(*_cells(offer), *([str(offer.addresses[0])] if wide else []))
     return Group(table, _coverage_line(offers, blocks))
+
+
+def _cells(offer: Offer) -> Iterator[str | Text]:
+    yield offer.peer[-8:]
+    yield str(offer.span)
+    yield Text(offer.state, style="green" if offer.state is State.ONLINE else "yellow")
+    yield f"{offer.tokens_per_second:.1f}"
+    yield f"{offer.cache_tokens - offer.cache_free}/{offer.cache_tokens}"
+    yield str(offer.sessions)
+    yield offer.dtype
+    yield offer.version
 
 
 def _coverage_line(offers: Sequence[Offer], blocks: int) -> Text:

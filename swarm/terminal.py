@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from swarm.errors import ShoalError
@@ -40,9 +40,10 @@ def spread(arguments: Sequence[str]) -> list[str]:
     taking = False
     for argument in arguments:
         address = _ADDRESS.match(argument) is not None
-        if taking and address and result[-1] != _PEERS:
+        first = bool(result) and result[-1] == _PEERS  # the option's own value, whatever it looks like
+        if taking and address and not first:
             result.append(_PEERS)
-        taking = argument == _PEERS or argument.startswith(f"{_PEERS}=") or (taking and address)
+        taking = first or argument == _PEERS or argument.startswith(f"{_PEERS}=") or (taking and address)
         result.append(argument)
     return result
 
@@ -96,7 +97,8 @@ def error_line(problem: str) -> Text:
 class _KeyValues(logging.Formatter):
     """`time=... level=... at=... event="session opened" session=1f...`: what a line says, and then its values."""
 
-    _MESSAGE = re.compile(r"(?P<event>.*?)(?P<values>( [a-z_]+=.*)?)", re.DOTALL)
+    _VALUE = r"""[a-z_]+=('[^']*'|"[^"]*"|\S*)"""
+    _MESSAGE = re.compile(rf"(?P<event>.*?)(?P<values>( {_VALUE})*)", re.DOTALL)
 
     def format(self, record: logging.LogRecord) -> str:
         parts = self._MESSAGE.fullmatch(record.getMessage())
@@ -146,11 +148,18 @@ def set_up_logging(verbose: bool) -> None:
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
+class _Share(ProgressColumn):
+    """Per cent, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.percentage:>3.0f}%")
+
+
 class ProgressBars:
     """One bar per kind of long work, shown while it goes on; nothing where nobody looks at a terminal."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        columns = (TextColumn("{task.description}"), BarColumn(), _Share())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._tasks: dict[str, TaskID] = {}
 
@@ -163,14 +172,10 @@ class ProgressBars:
             self._tasks[what] = self._progress.add_task(what, total=total or None)
         self._progress.update(self._tasks[what], completed=done, total=total or None)
 
-    def end(self, what: str) -> None:
-        """Take one bar away."""
-        if (task := self._tasks.pop(what, None)) is not None:
-            self._progress.remove_task(task)
-
     def stop(self) -> None:
         """Take the bars away."""
-        self._progress.stop()
+        if self._tasks:  # or rich would print an empty line where nothing was shown
+            self._progress.stop()
 
 
 # --- one loop, until Ctrl-C -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import ssl
@@ -58,20 +59,12 @@ class TcpTransport:
 
     def _accepted(self, context: ssl.SSLContext, accept: Callable[[Connection], Receiver]) -> TcpConnection:
         """The listener's side of a new connection, of whom nothing is known yet."""
-        connection = TcpConnection(self.identity, context, None, self._limits, self._forget)
-        connection.ready.add_done_callback(lambda ready: self._proven(connection, ready, accept))
+        connection = TcpConnection(self.identity, context, None, self._limits, self._forget, accept)
+        connection.ready.add_done_callback(_log_refusal)
         if self._closed or len(self._connections) >= self._limits.connections:
             connection.close(Busy(f"more than {self._limits.connections} connections"))
         self._connections.add(connection)
         return connection
-
-    def _proven(
-        self, connection: TcpConnection, ready: asyncio.Future[None], accept: Callable[[Connection], Receiver]
-    ) -> None:
-        if ready.cancelled() or (error := ready.exception()) is not None:
-            log.info("connection refused error=%r", str(error))
-        elif not connection.closed:
-            connection.attach(accept(connection))
 
     async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> TcpConnection:
         """Connect to `peer` at the first address that answers with its key.
@@ -122,9 +115,16 @@ class TcpTransport:
             connection.close()
         if self._connections:
             self._gone.clear()
-            await self._gone.wait()
+            # Bounded: a connection that was accepted in the moment the server closed may never be made, nor lost.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), 1.5 * self._limits.linger)
         if self._server is not None:
             await self._server.wait_closed()
+
+
+def _log_refusal(ready: asyncio.Future[None]) -> None:
+    if not ready.cancelled() and (error := ready.exception()) is not None:
+        log.info("connection refused error=%r", str(error))
 
 
 def _cannot_listen(address: Address, error: OSError) -> Exception:

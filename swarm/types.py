@@ -63,6 +63,15 @@ class State(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Coordinate:
+    """Where a peer is, as far as latency goes; `swarm.coordinates` computes with it."""
+
+    vector: tuple[float, float, float]  # seconds of round trip
+    height: float  # seconds of round trip over the last mile, which no vector can express
+    error: float  # relative, of what it predicts; 1 knows nothing
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """What a peer tells the swarm about itself: signed, expiring, renewed well before it expires."""
 
@@ -81,6 +90,10 @@ class Offer:
     version: str  # of Shoal
     issued: float  # DHT time in seconds since the epoch
     expires: float
+    coordinate: Coordinate | None = None  # None: not known yet
+    seconds_per_block: float = 0.0  # one session's decode of one token, measured by the peer; 0: not measured
+    prefill_seconds_per_block: float = 0.0  # of 512 positions of one session, measured by the peer; 0: not measured
+    queue: float = 0.0  # steps that waited when another came, on average of late
 
 
 @dataclass(frozen=True, slots=True)

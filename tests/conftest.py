@@ -7,29 +7,34 @@ import gc
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import psutil
 import pytest
 import uvloop
 
-LOOPS = {"asyncio": asyncio.DefaultEventLoopPolicy, "uvloop": uvloop.EventLoopPolicy}
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+}
 
 
-@pytest.fixture
-def event_loop_policy(request: pytest.FixtureRequest) -> Any:
-    """asyncio's own loop, or the one that `both_loops` asks for."""
-    return LOOPS[getattr(request, "param", "asyncio")]()
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "both_loops: runs on asyncio's own event loop and on uvloop")
 
 
-both_loops = pytest.mark.parametrize("event_loop_policy", list(LOOPS), indirect=True)
-"""For a module's `pytestmark`: every test runs on asyncio's own loop and on uvloop."""
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """asyncio's own loop, and uvloop too where the test is marked with `both_loops`."""
+    return LOOPS if item.get_closest_marker("both_loops") else {"asyncio": LOOPS["asyncio"]}
 
 
 @pytest.fixture
 async def nothing_left() -> AsyncIterator[None]:
     """Fails a test after which tasks, threads, processes or open files and sockets are left that were not before."""
+    loop = asyncio.get_running_loop()
+    warm = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)  # uvloop opens files of its own for its first
+    warm.close()
+    await warm.wait_closed()
     before = _held()
     yield
     left = _held() - before
@@ -49,7 +54,8 @@ def _held() -> Counter[str]:
     held.update(f"process {child.pid}" for child in psutil.Process().children(recursive=True))
     for number in os.listdir("/proc/self/fd"):
         try:
-            held[f"file {number} {os.readlink(f'/proc/self/fd/{number}')}"] += 1
+            target = os.readlink(f"/proc/self/fd/{number}")
+            held[target.partition(":[")[0]] += 1  # sockets and pipes by their kind: loops renew their own
         except FileNotFoundError:
             continue  # the listing's own
     return held

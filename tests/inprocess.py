@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Swarm:
         self.bootstrap: Discovery = self.background.run(start_discovery(settings, Identity.generate(), 0))
         self.address = self.bootstrap.addresses[0]
         self.nodes: list[Node] = []
+        self._killed: list[Node] = []
 
     def serve(self, model: Path, blocks: str, **settings: Any) -> Node:
         """Start a peer and wait until it is online."""
@@ -76,8 +78,26 @@ class Swarm:
         self.nodes.remove(node)
         self.background.run(node.close())
 
+    def serve_soon(self, model: Path, blocks: str) -> None:
+        """Start a peer and do not wait; may be called in any thread."""
+        threading.Thread(target=self.serve, args=(model, blocks)).start()
+
+    def kill(self, node: Node) -> None:
+        """End a peer as SIGKILL does, as far as others can tell: its sockets close, its offer stays."""
+
+        async def kill() -> None:
+            if node._keeper is not None:
+                node._keeper.cancel()
+            await node.rpc.close()
+
+        self.background.run(kill())
+        self.nodes.remove(node)
+        self._killed.append(node)
+
     def close(self) -> None:
         """Take everything down."""
+        for node in self._killed:
+            self.background.run(node.close())
         for node in list(self.nodes):
             self.stop(node)
         self.background.run(self.bootstrap.close())

@@ -229,7 +229,7 @@ def test_what_is_no_input_is_refused(model: Any) -> None:
 def test_no_route_names_the_blocks(tmp_path: Path, swarm: Swarm) -> None:
     save_llama(tmp_path, seed=3)
     with swarm_model(tmp_path, swarm) as model:
-        with pytest.raises(NoRoute, match="0:6 of 6") as caught:
+        with pytest.raises(NoRoute, match="blocks 0:6") as caught:
             model(PROMPT)
         assert caught.value.missing == ((0, 6),)
 

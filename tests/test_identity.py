@@ -129,8 +129,9 @@ def test_the_certificate_carries_the_key() -> None:
 def test_other_certificates_are_refused() -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     ours = Identity.generate()._certificate()
-    builder = x509.CertificateBuilder(ours.subject, ours.subject, key.public_key(), 1, ours.not_valid_before_utc)
-    other = builder.not_valid_after(ours.not_valid_after_utc).sign(key, hashes.SHA256())
+    builder = x509.CertificateBuilder().subject_name(ours.subject).issuer_name(ours.subject).serial_number(1)
+    builder = builder.not_valid_before(ours.not_valid_before_utc).not_valid_after(ours.not_valid_after_utc)
+    other = builder.public_key(key.public_key()).sign(key, hashes.SHA256())
     for der in (b"", b"garbage", other.public_bytes(serialization.Encoding.DER)):
         with pytest.raises(WrongKey):
             peer_id_of_certificate(der)

@@ -6,13 +6,11 @@ Run as `python echo.py`: says where it listens as one line of JSON, and ends whe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import struct
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import uvloop
 
@@ -60,21 +58,6 @@ class BareConnection(asyncio.BufferedProtocol):
         """End it."""
         assert self._transport is not None
         self._transport.close()
-
-
-@contextlib.contextmanager
-def echoing() -> Iterator[dict[str, Any]]:
-    """Such a process; where it listens: `peer`, `port`, `bare_port`."""
-    process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    with process:  # closes its stdin and waits
-        try:
-            assert process.stdout is not None
-            yield json.loads(process.stdout.readline())
-        except BaseException:
-            process.kill()
-            raise
 
 
 async def main() -> None:

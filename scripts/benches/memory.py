@@ -13,7 +13,7 @@ import psutil
 import torch
 from processes import LocalSwarm
 
-from benches.alone import generated_alone
+from benches.child import running
 from benches.generation import NEW_TOKENS, generate, prompt
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
@@ -38,7 +38,7 @@ def measure(plan: Plan) -> list[Row]:
         return proportional_size
 
     def alone() -> float:
-        with generated_alone(folder, NEW_TOKENS) as pid:
+        with running("alone.py", str(folder), str(NEW_TOKENS)) as (pid, _):
             alone_resident.append(_megabytes(pid, "Rss"))
             return _megabytes(pid, "Pss")
 

@@ -27,8 +27,7 @@ def measure(plan: Plan) -> list[Row]:
     plan.tell("single: loading the whole model")
     checkpoint = Checkpoint(resolve(DEFAULT_MODEL))
     whole, ids = whole_model(checkpoint.folder), prompt(checkpoint.folder)
-    if ids.shape[1] != PROMPT_TOKENS:
-        raise AssertionError(f"the prompt has {ids.shape[1]} tokens, not {PROMPT_TOKENS}")
+    assert ids.shape[1] == PROMPT_TOKENS
     return [row for stages in MUST for row in _through(stages, plan, checkpoint, whole, ids)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from processes import START_SECONDS, LocalSwarm
 
-from benches.alone import generated_alone
+from benches.child import running
 from benches.generation import generate, prompt
 from benches.plan import Plan
 from benches.rows import Must, Row
@@ -57,5 +57,5 @@ def _first_token(local: LocalSwarm, folder: Path, blocks: int, ids: torch.Tensor
 
 def _first_token_alone(folder: Path) -> float:
     started = time.perf_counter()
-    with generated_alone(folder, new_tokens=1):
+    with running("alone.py", str(folder), "1"):
         return time.perf_counter() - started

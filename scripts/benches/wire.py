@@ -8,13 +8,15 @@ exchange over the same TLS: a length, the bytes, and a preallocated buffer; no f
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from benches.echo import HOST, BareConnection, echoing
+from benches.child import running
+from benches.echo import HOST, BareConnection
 from benches.plan import Plan
 from benches.rows import Must, Row
 from swarm import wire
@@ -57,8 +59,8 @@ def measure(plan: Plan) -> list[Row]:
     """A row for each size."""
     background = BackgroundLoop()
     try:
-        with echoing() as places:
-            ours, bare = background.run(_connect(**places))
+        with running("echo.py") as (_, line):
+            ours, bare = background.run(_connect(**json.loads(line)))
             rows = [_compare(plan, background, case, ours, bare) for case in CASES]
             background.run(_disconnect(ours, bare))
             return rows

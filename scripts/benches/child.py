@@ -1,0 +1,31 @@
+"""A script as a process of its own, which lives no longer than the bench that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from processes import Failed
+
+
+@contextlib.contextmanager
+def running(script: str, *arguments: str) -> Iterator[tuple[int, str]]:
+    """The script of that name in this folder, once it has printed a line: its process id and the line.
+
+    It is to end when its stdin does, which happens at the latest when this process ends. Raises `Failed` where it
+    ends without a word.
+    """
+    command = [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            if not (line := process.stdout.readline()):
+                raise Failed(f"{script} ended with code {process.wait()}; what it says is above")
+            yield process.pid, line
+        except BaseException:
+            process.kill()
+            raise

@@ -1,0 +1,417 @@
+"""The product as its users run it: processes, sockets, signals, terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from commands import COMMAND_SECONDS, command, environment, refused, run, save_talking
+from processes import LocalSwarm, PeerProcess
+
+from swarm import SwarmModelForCausalLM
+from swarm.checkpoint import Checkpoint
+from swarm.conversation import Conversation, load_tokenizer
+from swarm.types import ModelId, Offer
+
+pytestmark = pytest.mark.slow
+
+BLOCKS = 6
+SLACK = 3.0  # seconds on top of what is promised, for a machine that does other things too
+
+
+@dataclass
+class Model:
+    """A tiny model that never ends an answer by itself, on disk and in memory."""
+
+    folder: Path
+    whole: Any
+
+    @property
+    def id(self) -> ModelId:
+        return Checkpoint(self.folder).model_id
+
+    def says(self, text: str, count: int) -> str:
+        """The greedy answer of the whole model."""
+        talk = Conversation(self.whole, load_tokenizer(str(self.folder)))
+        ids = torch.tensor([talk.encode(text)])
+        output = self.whole.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        return str(talk.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def make_model(folder: Path, seed: int) -> Model:
+    return Model(folder, save_talking(folder, seed, max_position_embeddings=8192, eos_token_id=None))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return make_model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Another model, for the peer with a small cache."""
+    return make_model(tmp_path_factory.mktemp("small"), 1)
+
+
+@pytest.fixture(scope="module")
+def swarm(model: Model, small: Model) -> Iterator[LocalSwarm]:
+    """Two peers for each half of `model`, and one with a cache of 100 tokens for `small`."""
+    with LocalSwarm() as swarm:
+        for blocks in ("0:3", "3:6", "3:6"):
+            swarm.serve(str(model.folder), "--blocks", blocks)
+        swarm.serve(str(small.folder), "--cache-tokens", "100", "--lease-seconds", "2")
+        swarm.wait_online(model.id, BLOCKS, 3)
+        swarm.wait_online(small.id, BLOCKS, 1)
+        processes = [each for peer in swarm.peers for each in family(peer)]
+        folders = [folder for each in processes for folder in daemon_folders(each)]
+        assert folders
+        yield swarm
+    assert not [each for each in processes if alive(each)]
+    assert not [folder for folder in folders if folder.exists()]
+
+
+def family(peer: PeerProcess) -> list[psutil.Process]:
+    """The peer's process and all that it started."""
+    if not psutil.pid_exists(peer.pid):
+        return []
+    parent = psutil.Process(peer.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def p2pd_of(peer: PeerProcess) -> psutil.Process:
+    """The DHT daemon of a peer."""
+    return next(each for each in family(peer) if each.name() == "p2pd")
+
+
+def daemon_folders(process: psutil.Process) -> list[Path]:
+    found = re.search(r"-listen=/unix(\S+)/control.sock", " ".join(process.cmdline()))
+    return [Path(found[1])] if found else []
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def until(true: Callable[[], Any], seconds: float) -> Any:
+    """Wait for what no event tells of; what it was at last."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def hosts(swarm: LocalSwarm, model: Model) -> dict[str, Offer]:
+    """Who offers the model, as a client that looks now sees it."""
+    return {offer.peer: offer for offer in swarm.offers(model.id, BLOCKS)}
+
+
+def connected(swarm: LocalSwarm, model: Model) -> Any:
+    return SwarmModelForCausalLM.from_pretrained(model.folder, initial_peers=[swarm.address], wait=20)
+
+
+def answer(swarm: LocalSwarm, model: Model) -> list[int]:
+    """What the swarm says, through a client of this process."""
+    with connected(swarm, model) as client:
+        ids = torch.tensor([[5, 6, 7]])
+        output: list[int] = client.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )[0].tolist()
+    expected = model.whole.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    assert output == expected[0].tolist()
+    return output
+
+
+# --- commands of a client ---------------------------------------------------------------------------------------------
+
+
+def test_generate_says_what_the_whole_model_says(swarm: LocalSwarm, model: Model) -> None:
+    ended = run(
+        "swarm", "generate", model.folder, "-", "--max-new-tokens", 12,
+        "--initial-peers", swarm.address, swarm.address, stdin="Who are you?",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == model.says("Who are you?", 12) + "\n"
+    (summary,) = ended.stderr.splitlines()  # and nothing from any library
+    assert re.fullmatch(r"12 tokens, [\d.]+ tokens/s, first after [\d.]+ s, by \S+\[0:3\] -> \S+\[3:6\]", summary)
+
+
+def test_status_for_people_and_for_programs(swarm: LocalSwarm, model: Model, small: Model) -> None:
+    ended = run("swarm", "status", model.folder, "--initial-peers", swarm.address)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "replicas of blocks 0:6  111222  every block is online" in ended.stdout
+    ended = run("swarm", "status", "--json", SHOAL_INITIAL_PEERS=swarm.address)
+    told = {each["model"]: each for each in json.loads(ended.stdout)}
+    assert told.keys() == {model.id, small.id}
+    assert told[small.id]["coverage"] == [1] * 6
+    assert told[small.id]["peers"][0]["cache_tokens"] == 100
+    assert told[model.id]["complete"] is True
+    assert {peer["peer"] for peer in told[model.id]["peers"]} == hosts(swarm, model).keys()
+
+
+def test_blocks_that_nobody_hosts_are_named_and_waited_for(swarm: LocalSwarm, tmp_path: Path) -> None:
+    other = make_model(tmp_path, 2)
+    first = swarm.serve(str(other.folder), "--blocks", "0:2")
+    assert until(lambda: [each for each in hosts(swarm, other).values() if each.state == "online"], 30)
+    generate = ("swarm", "generate", other.folder, "hi", "--max-new-tokens", 5, "--initial-peers", swarm.address)
+    assert refused(*generate) == "error: no online peer for blocks 2:6 of 6"
+    with started(*generate, "--wait", 60) as waiting:
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == "waiting for a peer that hosts blocks 2:6\n"
+        second = swarm.serve(str(other.folder), "--num-blocks", "4")  # it finds out which are missing
+        told, _ = waiting.communicate(timeout=COMMAND_SECONDS)
+    assert (waiting.returncode, told) == (0, other.says("hi", 5) + "\n")
+    for peer in (first, second):
+        assert peer.stop(signal.SIGINT) == 0
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs; killed at the end if it still does."""
+    name, *rest = map(str, arguments)
+    line = [command(name), *rest]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# --- chat, in a terminal ----------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command in a terminal of its own; what it shows is read, and keys are pressed."""
+
+    def __init__(self, *arguments: object) -> None:
+        name, *rest = map(str, arguments)
+        file, variables = command(name), environment(TERM="dumb", COLUMNS="200")
+        self.pid, self._handle = pty.fork()
+        if self.pid == 0:
+            os.execve(file, [name, *rest], variables)
+        self.shown = ""
+        self._read = 0
+
+    def until(self, text: str) -> None:
+        """Read on until `text` is shown after what the last call waited for."""
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while (found := self.shown.find(text, self._read)) < 0:
+            ready, _, _ = select.select([self._handle], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} was not shown: {self.shown}"
+            try:
+                read = os.read(self._handle, 4096)
+            except OSError:  # Linux's way to say that the other end is closed
+                read = b""
+            assert read, f"it ended before it showed {text!r}: {self.shown}"
+            self.shown += read.decode(errors="replace")
+        self._read = found + len(text)
+
+    def press(self, keys: str) -> None:
+        os.write(self._handle, keys.encode())
+
+    def ended(self) -> int:
+        """The exit code, when it has ended."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._handle)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_chat_in_a_terminal(swarm: LocalSwarm, model: Model) -> None:
+    terminal = Terminal(
+        "swarm", "chat", model.folder, "--initial-peers", swarm.address, "--max-new-tokens", 4000, "--seed", 1
+    )
+    terminal.until("> ")
+    terminal.press("Tell me all!\n")
+    terminal.until("Tell me all!\r\n")  # its echo; the answer begins
+    terminal.press("\x03")  # Ctrl-C: the answer ends, the program does not
+    terminal.until("(stopped)")
+    terminal.until("> ")
+    terminal.press("\x03")  # with nothing to stop, nothing happens
+    terminal.until("> ")
+    terminal.press("/new\n")
+    terminal.until("> ")
+    terminal.press("\x04")
+    assert terminal.ended() == 0
+    assert "Traceback" not in terminal.shown
+
+
+# --- a peer's life and death ------------------------------------------------------------------------------------------
+
+
+def test_one_name_in_the_dht_and_on_the_data_plane(swarm: LocalSwarm, model: Model) -> None:
+    served = hosts(swarm, model)
+    for peer in swarm.peers[1:4]:
+        assert stat.S_IMODE(peer.identity.stat().st_mode) == 0o600
+        assert peer.peer in served
+    assert swarm.address.endswith(f"/p2p/{swarm.bootstrap_process.peer}")
+    answer(swarm, model)  # the data plane checks the names of offers against the keys of those who answer
+
+
+def test_ctrl_c_withdraws_the_offer(swarm: LocalSwarm, model: Model) -> None:
+    leaving = swarm.peers[2]
+    processes = family(leaving)
+    began = time.monotonic()
+    leaving.process.send_signal(signal.SIGINT)
+    code = leaving.process.wait(2.0 + SLACK)
+    took = time.monotonic() - began
+    assert leaving.peer not in hosts(swarm, model), "a client that looks right after still sees it"
+    assert code == 0, leaving.output()
+    assert took < 2.0 + SLACK
+    assert not [each for each in processes if alive(each)]
+    assert "Traceback" not in leaving.output()
+    answer(swarm, model)
+
+
+def test_a_killed_daemon_is_replaced(swarm: LocalSwarm, model: Model) -> None:
+    peer = swarm.peers[3]
+    before = p2pd_of(peer)
+    before.kill()
+    assert until(lambda: not alive(before) and [p for p in family(peer) if p.name() == "p2pd" and p != before], 15)
+    assert until(lambda: peer.peer in hosts(swarm, model), 15)
+    answer(swarm, model)
+    assert "the DHT daemon died" in peer.output()
+
+
+def test_nothing_outlives_a_peer_that_was_killed(swarm: LocalSwarm, model: Model) -> None:
+    peer = swarm.serve(str(model.folder), "--blocks", "0:3")
+    peer.address()
+    processes = family(peer)
+    assert len(processes) > 1
+    peer.process.kill()
+    assert until(lambda: not [each for each in processes if alive(each)], 5.0 + SLACK)
+    assert peer.stop() == -signal.SIGKILL
+    answer(swarm, model)  # its offer is still there; a client goes on without it
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_cache_is_told_at_once_and_a_vanished_client_frees_it(swarm: LocalSwarm, small: Model) -> None:
+    generate = ("swarm", "generate", small.folder, "hi", "--initial-peers", swarm.address, "--max-new-tokens")
+    assert "101 of 100" not in refused(*generate, 4000)
+    assert re.search(r"asks for \d+ tokens of cache, 100 of 100 are free", refused(*generate, 4000))
+    with connected(swarm, small) as client:
+        ids = torch.tensor([[5, 6, 7]])
+        held = client(ids)
+        with started(*generate, 80) as vanishing:
+            assert vanishing.stdout is not None
+            assert vanishing.stdout.read(1)  # it has a session
+            vanishing.kill()
+        held.past_key_values.close()
+        assert until(lambda: fits(client, ids, 90), 2.0 + 10 * SLACK)
+
+
+def fits(client: Any, ids: torch.Tensor, count: int) -> bool:
+    """Whether there is room for a session of so many tokens."""
+    from swarm import SwarmCache
+    from swarm.errors import NoRoom
+
+    cache = SwarmCache(max_length=count)
+    try:
+        client(ids, past_key_values=cache)
+    except NoRoom:
+        return False
+    finally:
+        cache.close()
+    return True
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
+
+_SCRIPT = """
+import sys, threading
+import torch
+from swarm import SwarmModelForCausalLM
+model = SwarmModelForCausalLM.from_pretrained(sys.argv[1], initial_peers=[sys.argv[2]])
+ids = torch.tensor([[5, 6, 7]])
+def generate(count, streamer=None):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                          pad_token_id=0, streamer=streamer)
+class Told:
+    began = threading.Event()
+    count = 0
+    def put(self, value):
+        self.count += 1
+        if self.count == 3:
+            self.began.set()
+            print("began", flush=True)
+    def end(self):
+        pass
+"""
+
+
+@contextmanager
+def script(swarm: LocalSwarm, model: Model, lines: str) -> Iterator[subprocess.Popen[str]]:
+    """A user's script; killed at the end if it still runs."""
+    arguments = [sys.executable, "-c", _SCRIPT + lines, str(model.folder), swarm.address]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "said"),
+    [
+        ("print(generate(4).shape[1]); model.close()", 0, ""),
+        ("print(generate(4).shape[1])", 0, ""),
+        ("print(generate(4).shape[1]); raise RuntimeError('mine')", 1, "RuntimeError: mine"),
+        ("print(generate(4).shape[1]); sys.exit(3)", 3, ""),
+        (
+            "threading.Thread(target=generate, args=(7000, Told()), daemon=True).start(); Told.began.wait(); print(7)",
+            0,
+            None,
+        ),
+    ],
+    ids=["closed", "not-closed", "exception", "exit", "thread"],
+)
+def test_a_script_ends_when_it_ends(swarm: LocalSwarm, model: Model, lines: str, code: int, said: str | None) -> None:
+    with script(swarm, model, lines) as process:
+        told, errors = process.communicate(timeout=COMMAND_SECONDS)
+    assert process.returncode == code, errors
+    assert told.splitlines()[-1] == "7"
+    if said is not None:
+        assert (errors.splitlines() or [""])[-1] == said
+    assert "Fatal" not in errors
+
+
+def test_ctrl_c_in_a_script(swarm: LocalSwarm, model: Model) -> None:
+    lines = """
+try:
+    generate(7000, Told())
+except KeyboardInterrupt:
+    print("stopped", generate(4).shape[1])
+"""
+    with script(swarm, model, lines) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "began\n"
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.stdout.readline() == "stopped 7\n"  # and the model can still be used
+        assert time.monotonic() - began < SLACK
+        _, errors = process.communicate(timeout=COMMAND_SECONDS)
+    assert (process.returncode, errors) == (0, "")

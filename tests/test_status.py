@@ -1,0 +1,81 @@
+"""What a swarm looks like from outside."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from rich.console import Console
+from test_routing import BLOCKS, offer, swarms
+
+from swarm.cli import _is_called
+from swarm.status import WIDE, as_json, as_table, coverage
+from swarm.types import ModelId, Offer, State
+
+MODEL = ModelId("ab" * 32)
+OFFERS = [
+    offer(1, 2, 5, speed=0.04, state=State.JOINING),
+    offer(0, 0, 3, speed=1234.56, free=25, sessions=2),
+    offer(2, 2, 4),
+]
+
+
+def shown(offers: list[Offer], width: int) -> str:
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(as_table(MODEL, offers, width >= WIDE))
+    return capture.get()
+
+
+def test_json_is_what_a_program_needs() -> None:
+    told = json.loads(json.dumps(as_json(MODEL, OFFERS)))
+    assert told["model"] == MODEL
+    assert told["num_blocks"] == BLOCKS
+    assert told["coverage"] == [1, 1, 2, 1, 0, 0]
+    assert told["missing"] == [[4, 6]]
+    assert told["complete"] is False
+    peer = next(peer for peer in told["peers"] if peer["peer"] == "peer0")
+    assert peer["span"] == [0, 3]
+    assert peer["addresses"] == ["127.0.0.1:4000"]
+    assert (peer["state"], peer["cache_tokens"], peer["cache_free"], peer["sessions"]) == ("online", 100, 25, 2)
+    assert peer["version"] == "0.1.0"
+
+
+def test_table_of_a_swarm_with_a_gap() -> None:
+    text = shown(OFFERS, WIDE)
+    lines = text.splitlines()
+    assert lines[0].split() == ["tiny", MODEL[:12]]
+    assert lines[2].split() == ["peer0", "0:3", "online", "1234.6", "75/100", "2", "float32", "0.1.0", "127.0.0.1:4000"]
+    assert lines[-1] == "replicas of blocks 0:6  1121--  nobody hosts 4:6"
+
+
+def test_table_of_a_whole_swarm() -> None:
+    assert shown([offer(0, 0, 6)], 80).splitlines()[-1] == "replicas of blocks 0:6  111111  every block is online"
+
+
+def test_a_narrow_table_has_one_line_for_each_peer() -> None:
+    offers = [offer(number, 0, 6, speed=9999.9, state=State.DRAINING, free=0) for number in range(10)]
+    lines = shown(offers, 80).splitlines()
+    assert len(lines) == 2 + 10 + 1
+    assert max(map(len, lines)) <= 80
+    assert all(line.split()[0] == f"peer{number}" for number, line in enumerate(lines[2:-1]))
+
+
+def test_more_than_nine_replicas_take_one_column_still() -> None:
+    assert "999999" in shown([offer(number, 0, 6) for number in range(12)], 80)
+
+
+@given(swarms)
+def test_coverage_counts_who_is_online(offers: list[Offer]) -> None:
+    counts = coverage(offers, BLOCKS)
+    assert sum(counts) == sum(len(each.span) for each in offers if each.state is State.ONLINE)
+    assert as_json(MODEL, offers)["complete"] == bool(offers and all(counts))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "means_it"),
+    [("tiny", True), ("./models/tiny/", True), ("org/Tiny", True), ("abab", True), ("tin", False), ("ba", False)],
+)
+def test_what_a_model_may_be_called(wanted: str, means_it: bool) -> None:
+    assert _is_called(MODEL, "tiny", wanted) is means_it
