@@ -135,6 +135,11 @@ class TcpConnection(asyncio.BufferedProtocol):
         self.ready.add_done_callback(lambda future: future.cancelled() or future.exception())  # never "not retrieved"
 
     @property
+    def opened(self) -> bool:
+        """Whether it ever had a socket."""
+        return self._transport is not None
+
+    @property
     def closed(self) -> bool:
         """Whether it is over, or about to be."""
         return self._error is not None

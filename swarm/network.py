@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
 from swarm.identity import Identity
+from swarm.liveroute import Shunned
 from swarm.routing import find_route, uncovered
 from swarm.rpc import Rpc
-from swarm.session import Session, Sessions, Shunned
+from swarm.session import Session, Sessions
 from swarm.transport import TcpTransport
 from swarm.types import ModelId, Offer, Route, Span
 
@@ -81,11 +82,11 @@ class _Finder:
         self._chance = random.Random()
         self._told: tuple[Span, ...] = ()
 
-    async def __call__(self, span: Span, shunned: Callable[[], Shunned], trouble: float | None) -> Route:
+    async def __call__(self, span: Span, shunned: Callable[[], Shunned], since: float | None) -> Route:
         """The best route of the moment over `span`. Raises `NoRoute` when it has waited long enough."""
         loop = asyncio.get_running_loop()
         wait = self._waiting.first
-        deadline = loop.time() + wait if trouble is None else trouble + max(wait, self._waiting.failover)
+        deadline = loop.time() + wait if since is None else since + max(wait, self._waiting.failover)
         while True:
             offers = await self._network.offers(self._model, self._num_blocks)
             rather, ever = shunned()

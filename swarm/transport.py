@@ -92,13 +92,18 @@ class TcpTransport:
                 await loop.create_connection(lambda: self._dialled(connection), address.host, address.port)
                 await connection.ready
         except BaseException:
-            connection.close()
+            self._end(connection)
             raise
         return connection
 
     def _dialled(self, connection: TcpConnection) -> TcpConnection:
         self._connections.add(connection)
         return connection
+
+    def _end(self, connection: TcpConnection) -> None:
+        connection.close()
+        if not connection.opened:  # given up before it had a socket: nobody would tell us that it is gone
+            self._forget(connection)
 
     def _forget(self, connection: TcpConnection) -> None:
         """A connection's socket is closed."""
@@ -112,7 +117,7 @@ class TcpTransport:
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
-            connection.close()
+            self._end(connection)
         if self._connections:
             self._gone.clear()
             # Bounded: a connection that was accepted in the moment the server closed may never be made, nor lost.

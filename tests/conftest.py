@@ -12,6 +12,10 @@ from collections.abc import AsyncIterator, Callable
 import psutil
 import pytest
 import uvloop
+from hypothesis import settings
+
+settings.register_profile("shoal", deadline=None)  # other work on the machine is no failure
+settings.load_profile("shoal")
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,

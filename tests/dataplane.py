@@ -154,14 +154,25 @@ async def stranger(address: Address) -> AsyncIterator[Stranger]:
             await writer.wait_closed()
 
 
+class ListeningRpc(Rpc):
+    """An `Rpc` that others can dial."""
+
+    def __init__(self) -> None:
+        self._listener = TcpTransport(Identity.generate())
+        self.address = ANYWHERE
+        super().__init__(self._listener)
+
+    async def start(self) -> None:
+        self.address = await self._listener.listen(ANYWHERE, self.accept)
+
+
 @contextlib.asynccontextmanager
-async def linked(limits: Limits | None = None) -> AsyncIterator[tuple[Rpc, Rpc, Link]]:
+async def linked() -> AsyncIterator[tuple[Rpc, ListeningRpc, Link]]:
     """Two `Rpc`s and a link from the first to the second."""
-    ours, theirs = (TcpTransport(Identity.generate(), limits) for _ in range(2))
-    near, far = Rpc(ours), Rpc(theirs)
-    address = await theirs.listen(ANYWHERE, far.accept)
+    near, far = Rpc(TcpTransport(Identity.generate())), ListeningRpc()
+    await far.start()
     try:
-        yield near, far, await near.connect(far.peer, [address])
+        yield near, far, await near.connect(far.peer, [far.address])
     finally:
         await near.close()
         await far.close()

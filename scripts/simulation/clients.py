@@ -1,0 +1,117 @@
+"""Clients: what they read, the route they take, and the one that somebody would take who knows everything."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulation.geography import Place, TrueLatencies, draw_place, measured, round_trip
+from simulation.hosting import Hosting
+from swarm.coordinates import NOWHERE, distance, update
+from swarm.errors import NoRoute
+from swarm.routing import HOP_SECONDS, View, Work, cheapest, find_route
+from swarm.types import Coordinate, Offer, PeerId, Route, Span
+
+FIRST_PINGS = 16  # peers anywhere that a client measures to find its own place, twice each
+NEAR_PINGS = 8  # peers near it that host the first block
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a client found."""
+
+    seconds: float  # per token, on its route, truly
+    oracle: float  # on the best route by true latencies over all peers
+    read: int  # records
+    hops: int
+    dead: int  # peers that it chose first and that were not there any more
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client that has found its place."""
+
+    place: Place
+    coordinate: Coordinate
+    measured: dict[PeerId, float]  # round trips in seconds
+
+
+def settle(hosting: Hosting, chance: random.Random) -> Client:
+    """A new client, somewhere: it measures a few peers to know where it is, and the nearest to begin with."""
+    place, coordinate = draw_place(chance), NOWHERE
+    pinged: dict[PeerId, float] = {}
+    anywhere = hosting.directory.read(None)
+    chosen = chance.sample(anywhere, min(FIRST_PINGS, len(anywhere)))
+    for offer in chosen * 2:
+        coordinate = _ping(hosting, place, coordinate, offer, pinged, chance)
+    first = [offer for offer in hosting.directory.read(coordinate) if 0 in offer.span and offer.coordinate]
+    first.sort(key=lambda offer: distance(coordinate, offer.coordinate or NOWHERE))
+    for offer in first[:NEAR_PINGS]:
+        coordinate = _ping(hosting, place, coordinate, offer, pinged, chance)
+    return Client(place, coordinate, pinged)
+
+
+def _ping(
+    hosting: Hosting, place: Place, mine: Coordinate, offer: Offer, pinged: dict[PeerId, float], chance: random.Random
+) -> Coordinate:
+    peer = hosting.peers.get(offer.peer)
+    if peer is None or offer.coordinate is None:
+        return mine
+    rtt = measured(place, peer.machine.place, chance)
+    pinged[offer.peer] = min(rtt, pinged.get(offer.peer, rtt))
+    return update(mine, offer.coordinate, rtt, chance)
+
+
+def ask(hosting: Hosting, chance: random.Random) -> Answer | None:
+    """Let a client come and find a route. None where there was none, or none is possible."""
+    client = settle(hosting, chance)
+    records = hosting.directory.read(client.coordinate)
+    best = oracle(hosting, client)
+    if best is None:
+        return None
+    dead: set[PeerId] = set()
+    while True:
+        try:
+            route = route_of(hosting, client, records, chance, dead)
+        except NoRoute:
+            return None
+        if not (gone := {hop.peer for hop in route} - hosting.peers.keys()):
+            break
+        dead |= gone
+    seconds, known = true_seconds(hosting, client, route), true_seconds(hosting, client, best)
+    return Answer(seconds, known, len(records), len(route), len(dead))
+
+
+def route_of(
+    hosting: Hosting, client: Client, records: list[Offer], chance: random.Random, avoid: set[PeerId] | None = None
+) -> Route:
+    """What the client chooses from the records that it read."""
+    offers = list({offer.peer: offer for offer in records}.values())
+    view = View(client.coordinate, client.measured)
+    return find_route(offers, hosting.model.num_blocks, avoid=avoid or (), chance=chance, view=view)
+
+
+def oracle(hosting: Hosting, client: Client) -> Route | None:
+    """The best route over all that truly serve, by true latencies. None where some block has nobody."""
+    peers = hosting.online
+    span = Span(0, hosting.model.num_blocks)
+    if {block for peer in peers for block in peer.offer.span} != set(span):
+        return None
+    latencies = TrueLatencies([peer.machine.place for peer in peers], client.place)
+    work = Work(
+        np.full(len(peers), HOP_SECONDS),
+        np.array([peer.machine.seconds_per_block for peer in peers]),
+        np.ones(len(peers)),
+    )
+    return cheapest([peer.offer for peer in peers], span, latencies, work)
+
+
+def true_seconds(hosting: Hosting, client: Client, route: Route) -> float:
+    """What a token takes on `route` while nobody else is there."""
+    machines = [hosting.peers[hop.peer].machine for hop in route]
+    places = [client.place, *(machine.place for machine in machines), client.place]
+    way = sum(round_trip(a, b) / 2 for a, b in zip(places, places[1:], strict=False))
+    work = sum(machine.seconds_per_block * len(hop.span) for machine, hop in zip(machines, route, strict=True))
+    return way + work + HOP_SECONDS * len(route)
