@@ -13,7 +13,7 @@ from peer.stage import Stage, StepInput
 from swarm.errors import UsageError
 
 DEFAULT_CACHE_TOKENS = 16384
-_RUNS = 5
+_RUNS = 3
 _CACHE_SHARE = 0.8  # of the memory that is available now, at most
 
 

@@ -21,7 +21,7 @@ from swarm.types import ModelId, Offer, Route, Span
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5  # between two looks at the DHT while waiting for blocks
+POLL_SECONDS = 0.2  # between two looks at the DHT while waiting for blocks
 
 
 @dataclass(frozen=True, slots=True)

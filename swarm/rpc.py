@@ -101,6 +101,10 @@ class Link:
         """Send a message of any size and expect no reply. Raises `Unreachable`."""
         await self._connection.send(pack_envelope(Kind.NOTIFY, body=message), body)
 
+    def tell(self, message: Message) -> None:
+        """Notify without waiting; nobody hears of a failure. Who lets too much of it pile up is sent away."""
+        self._tell(pack_envelope(Kind.NOTIFY, body=message))
+
     def _tell(self, header: bytes) -> None:
         """Send a few bytes if the link still lives; where it must wait, in the background."""
         if self.error is not None or self._connection.try_send(header, ()):
@@ -283,8 +287,8 @@ class Rpc:
 
     def tell(self, peer: PeerId, message: Message) -> None:
         """Notify `peer` in the background if there is a link to it; nobody waits, and nobody hears of a failure."""
-        if (link := self._links.get(peer)) is not None and not link.try_notify(message):
-            self.spawn(link.notify(message))
+        if (link := self._links.get(peer)) is not None:
+            link.tell(message)
 
     def forget(self, link: Link) -> None:
         """A link is gone; the next call dials anew."""

@@ -207,7 +207,8 @@ Body: TypeAlias = (
     Echo | Done | OpenSession | SessionOpened | KeepAlive | Alive | CloseSession | Step | Replay | Output | StepFailed
 )
 Handshake: TypeAlias = Hello | Proof | Goodbye
-_TAGS = {kind.__struct_config__.tag for kind in (*get_args(Body), *get_args(Handshake))}
+_BODIES: dict[str, type[Message]] = {kind.__struct_config__.tag: kind for kind in get_args(Body)}
+_HANDSHAKES: dict[str, type[Message]] = {kind.__struct_config__.tag: kind for kind in get_args(Handshake)}
 
 
 class Kind(enum.IntEnum):
@@ -251,7 +252,7 @@ def pack(message: Message) -> bytes:
 
 def unpack(data: bytes | memoryview) -> Hello | Proof | Goodbye:
     """A handshake message. Raises `Malformed`, `Oversized` or `UnknownMessage`."""
-    message: Hello | Proof | Goodbye = _convert(_unpack(data), Handshake)
+    message: Hello | Proof | Goodbye = _convert(_unpack(data), _HANDSHAKES)
     return message
 
 
@@ -284,7 +285,7 @@ def read_body(envelope: Envelope) -> Any:
     """
     if envelope.kind is Kind.CANCEL:
         return None
-    return _convert(envelope.fields, Failure if envelope.kind is Kind.ERROR else Body)
+    return _as(Failure, envelope.fields) if envelope.kind is Kind.ERROR else _convert(envelope.fields, _BODIES)
 
 
 def _unpack(data: bytes | memoryview) -> Any:
@@ -298,14 +299,19 @@ def _unpack(data: bytes | memoryview) -> Any:
         raise Malformed(f"not MessagePack within its limits: {error or type(error).__name__}") from None
 
 
-def _convert(parts: Any, kind: Any) -> Any:
+def _convert(parts: Any, kinds: dict[str, type[Message]]) -> Any:
     tag = parts[0] if isinstance(parts, list) and parts else None
-    if kind is not Failure and (not isinstance(tag, str) or tag not in _TAGS):
+    if not isinstance(tag, str) or (kind := kinds.get(tag)) is None:
         raise UnknownMessage(f"unknown message {_brief(tag)}")
+    return _as(kind, parts)
+
+
+def _as(kind: type[Message], parts: Any) -> Any:
+    """To one struct, not to their union: for that, msgspec works out the type anew at every call."""
     try:
         return msgspec.convert(parts, kind)
     except msgspec.ValidationError as error:
-        raise Malformed(f"message {_brief(tag)}: {error}") from None
+        raise Malformed(f"message {kind.__name__}: {error}") from None
 
 
 def _brief(value: Any) -> str:
