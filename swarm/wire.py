@@ -311,7 +311,8 @@ def _as(kind: type[Message], parts: Any) -> Any:
     try:
         return msgspec.convert(parts, kind)
     except msgspec.ValidationError as error:
-        raise Malformed(f"message {kind.__name__}: {error}") from None
+        name = kind.__struct_config__.tag or kind.__name__
+        raise Malformed(f"message {name!r}: {error}") from None
 
 
 def _brief(value: Any) -> str:
