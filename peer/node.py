@@ -130,7 +130,7 @@ class Node:
         return Offer(
             peer=self.identity.peer,
             model=model,
-            name=Path(settings.model).resolve().name[:64],
+            name=_name_of(settings.model),
             num_blocks=blocks,
             span=span,
             addresses=(Address(announce.host, announce.port or listening.port),),
@@ -231,6 +231,11 @@ class Node:
         if self.discovery is not None:
             parts.append(self.discovery.close)
         await asyncio.gather(*(part() for part in parts), return_exceptions=True)  # type: ignore[call-overload]
+
+
+def _name_of(model: str) -> str:
+    """What people may call it; of a folder, be it ".", its own name."""
+    return Path(model).resolve().name[:64]
 
 
 def _import_heavy() -> None:

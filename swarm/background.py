@@ -40,12 +40,23 @@ class BackgroundLoop:
         if self._loop.is_closed() or not self._thread.is_alive():
             work.close()
             raise Closed("the connection to the swarm was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        # What `run_coroutine_threadsafe` does, without its two chained futures: this is once per token.
+        finished = threading.Lock()
+        finished.acquire()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            task = self._loop.create_task(work)
+            tasks.append(task)
+            task.add_done_callback(lambda _: finished.release())
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            finished.acquire()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(lambda: tasks and tasks[0].cancel())
             raise
+        return _result(tasks[0])
 
     def post(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run `work` in the loop some time soon; nobody waits for it. After `close`, nothing happens."""
@@ -67,6 +78,13 @@ class BackgroundLoop:
         asyncio.run_coroutine_threadsafe(_finish(closers), self._loop).result(timeout=5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5.0)
+
+
+def _result(task: asyncio.Task[T]) -> T:
+    try:
+        return task.result()
+    except asyncio.CancelledError:
+        raise Closed("the connection to the swarm was closed") from None
 
 
 async def _finish(closers: list[Callable[[], Coroutine[Any, Any, None]]]) -> None:

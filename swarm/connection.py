@@ -14,7 +14,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from swarm.errors import (
 )
 from swarm.frames import Buffer, FrameKind, FrameReader, Received
 from swarm.identity import Identity, peer_id_of_certificate, verify
+from swarm.interfaces import Connection, Receiver
 from swarm.tls import TlsPipe
 from swarm.types import PeerId
 
@@ -40,38 +41,6 @@ _READ = 512 * 1024  # bytes taken from the kernel at once
 _HIGH_WATER = 3 * frames.CHUNK  # bytes that wait for the kernel; few, so that a small message waits for few
 _NOTSENT_LOWAT = 256 * 1024  # bytes that the kernel takes beyond what is on its way
 _PROOF_CONTEXT = b"shoal dial 1\0"
-
-
-class Receiver(Protocol):
-    """Who is told what comes in on a connection. Both are called from the loop and must not block."""
-
-    def received(self, header: bytes, body: memoryview) -> None:
-        """A message has come in completely. May raise `ProtocolError`, which closes the connection with that name."""
-
-    def lost(self, error: RemoteError) -> None:
-        """The connection is gone: told once, after the last message."""
-
-
-class Connection(Protocol):
-    """A way to one peer, over sockets or in memory."""
-
-    peer: PeerId
-
-    def attach(self, receiver: Receiver) -> None:
-        """Tell `receiver` what comes in, from the first message on."""
-
-    def try_send(self, header: bytes, body: Sequence[Buffer]) -> bool:
-        """Send a small message at once, or say that it would have to wait."""
-
-    async def send(self, header: bytes, body: Sequence[Buffer]) -> None:
-        """Send a message; returns when its last byte is on its way. Raises `Unreachable`, `UsageError`.
-
-        Small ones go in the order of the calls, ahead of large ones. Cancelled, a message is not sent, or not
-        completely: then the other side forgets what has come of it.
-        """
-
-    def close(self, error: RemoteError | None = None) -> None:
-        """End it, telling the other side why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,13 +349,13 @@ class TcpConnection(asyncio.BufferedProtocol):
         error.peer = error.peer or self.peer
         if self._watch is not None:
             self._watch.cancel()
-        self._linger()
         for waiter in (self.ready, self._room, self._left, *(sent for _, sent in self._small)):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(error)
         self._small.clear()
         if self._receiver is not None:
             self._receiver.lost(error)
+        self._linger()
 
     def _linger(self) -> None:
         """Send what was last said and read on for a while: closed at once, the kernel would throw it away."""
@@ -394,14 +363,13 @@ class TcpConnection(asyncio.BufferedProtocol):
             return
         self._tls.shut()
         self._flush()
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # the other side has gone already
+            self._transport.abort()
+            return
         self._transport.resume_reading()
         self._watch = self._loop.call_later(self._limits.linger, self._transport.abort)
-
-    def abort(self) -> None:
-        """Drop the socket now, whatever has not been sent."""
-        if self._transport is not None:
-            self._transport.abort()
 
     def __repr__(self) -> str:
         state = "closed" if self._error else "ready" if self.ready.done() else "handshaking"

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 from swarm import wire
-from swarm.connection import Connection
 from swarm.errors import (
     Busy,
     Closed,
@@ -28,7 +27,7 @@ from swarm.errors import (
     to_wire,
 )
 from swarm.frames import Buffer
-from swarm.transport import Transport
+from swarm.interfaces import Connection, Transport
 from swarm.types import Address, PeerId
 from swarm.wire import Envelope, Kind, Message, pack_envelope
 

@@ -199,10 +199,11 @@ class Session:
         """Wait for the answer; at the deadline, ask the hops who still works on it."""
         patience = self._live.pace.patience(tokens)
         while True:
-            done, _ = await asyncio.wait({waiting.future}, timeout=patience)
-            if done:
-                return waiting.future.result()
-            await self._live.probe(lambda: not waiting.future.done())
+            try:
+                async with asyncio.timeout(patience):
+                    return await asyncio.shield(waiting.future)
+            except TimeoutError:
+                await self._live.probe(lambda: not waiting.future.done())
             patience = self._live.pace.longer(patience)
 
     # --- what comes in ---------------------------------------------------------------------------------------------

@@ -27,15 +27,16 @@ def coverage(offers: Sequence[Offer], num_blocks: int) -> list[int]:
 
 
 def as_json(model: ModelId, offers: Sequence[Offer]) -> dict[str, Any]:
-    """One model's state, for programs."""
-    blocks = offers[0].num_blocks if offers else 0
+    """One model's state, for programs; it has at least one offer, or nobody would know of it."""
+    blocks = offers[0].num_blocks
+    missing = uncovered(offers, blocks)
     return {
         "model": model,
-        "name": offers[0].name if offers else "",
+        "name": offers[0].name,
         "num_blocks": blocks,
-        "complete": bool(offers) and not uncovered(offers, blocks),
+        "complete": not missing,
         "coverage": coverage(offers, blocks),
-        "missing": [[span.start, span.end] for span in uncovered(offers, blocks)],
+        "missing": [[span.start, span.end] for span in missing],
         "peers": [_peer_json(offer) for offer in offers],
     }
 

@@ -8,27 +8,14 @@ import errno
 import logging
 import ssl
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from swarm.connection import Connection as Connection
-from swarm.connection import Limits, Receiver, TcpConnection
+from swarm.connection import Limits, TcpConnection
 from swarm.errors import Busy, Closed, PortInUse, RemoteError, Unreachable, UsageError, WrongKey
 from swarm.identity import Identity, client_context
+from swarm.interfaces import Connection, Receiver
 from swarm.types import Address, PeerId
 
 log = logging.getLogger(__name__)
-
-
-class Transport(Protocol):
-    """How connections come to be."""
-
-    peer: PeerId
-
-    async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> Connection:
-        """Connect to `peer`. Raises `Unreachable` or `WrongKey`."""
-
-    async def close(self) -> None:
-        """End all connections and stop listening."""
 
 
 class TcpTransport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import threading
 from collections import Counter
@@ -17,6 +16,7 @@ from hypothesis import settings
 settings.register_profile("shoal", deadline=None)  # other work on the machine is no failure
 settings.load_profile("shoal")
 
+POOLS = ("asyncio_", "uvloop_")
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
@@ -42,10 +42,9 @@ async def nothing_left() -> AsyncIterator[None]:
     before = _held()
     yield
     left = _held() - before
-    for _ in range(20):  # what was closed goes in the loop's next rounds, threads a moment after their last work
+    for _ in range(50):  # what was closed goes in the loop's next rounds, threads a moment after their last work
         if not left:
             return
-        gc.collect()
         await asyncio.sleep(0.01)
         left = _held() - before
     pytest.fail(f"left behind: {dict(left)}")
@@ -53,8 +52,8 @@ async def nothing_left() -> AsyncIterator[None]:
 
 def _held() -> Counter[str]:
     held = Counter(f"task {task.get_coro()}" for task in asyncio.all_tasks() if task is not asyncio.current_task())
-    # asyncio keeps its pool of threads until the loop ends, and that is no leak
-    held.update(f"thread {each.name}" for each in threading.enumerate() if not each.name.startswith("asyncio_"))
+    # A loop keeps its pool of threads until it ends, and that is no leak.
+    held.update(f"thread {each.name}" for each in threading.enumerate() if not each.name.startswith(POOLS))
     held.update(f"process {child.pid}" for child in psutil.Process().children(recursive=True))
     for number in os.listdir("/proc/self/fd"):
         try:

@@ -9,10 +9,11 @@ import struct
 from collections.abc import AsyncIterator
 
 from swarm import frames, wire
-from swarm.connection import Connection, Limits
+from swarm.connection import Limits
 from swarm.errors import RemoteError
 from swarm.frames import FrameKind
 from swarm.identity import Identity, client_context
+from swarm.interfaces import Connection
 from swarm.rpc import Link, Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address

@@ -22,11 +22,12 @@ import psutil
 import pytest
 import torch
 from commands import COMMAND_SECONDS, command, environment, refused, run, save_talking
-from processes import LocalSwarm, PeerProcess
+from processes import LocalSwarm, PeerProcess, terminated_like_interrupted
 
-from swarm import SwarmModelForCausalLM
+from swarm import SwarmCache, SwarmModelForCausalLM
 from swarm.checkpoint import Checkpoint
 from swarm.conversation import Conversation, load_tokenizer
+from swarm.errors import NoRoom
 from swarm.types import ModelId, Offer
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def swarm(model: Model, small: Model) -> Iterator[LocalSwarm]:
     """Two peers for each half of `model`, and one with a cache of 100 tokens for `small`."""
-    with LocalSwarm() as swarm:
+    with terminated_like_interrupted(), LocalSwarm() as swarm:
         for blocks in ("0:3", "3:6", "3:6"):
             swarm.serve(str(model.folder), "--blocks", blocks)
         swarm.serve(str(small.folder), "--cache-tokens", "100", "--lease-seconds", "2")
@@ -173,7 +174,7 @@ def test_blocks_that_nobody_hosts_are_named_and_waited_for(swarm: LocalSwarm, tm
     first = swarm.serve(str(other.folder), "--blocks", "0:2")
     assert until(lambda: [each for each in hosts(swarm, other).values() if each.state == "online"], 30)
     generate = ("swarm", "generate", other.folder, "hi", "--max-new-tokens", 5, "--initial-peers", swarm.address)
-    assert refused(*generate) == "error: no online peer for blocks 2:6 of 6"
+    assert refused(*generate).startswith("error: no online peer for blocks 2:6 of ")
     with started(*generate, "--wait", 60) as waiting:
         assert waiting.stderr is not None
         assert waiting.stderr.readline() == "waiting for a peer that hosts blocks 2:6\n"
@@ -283,6 +284,19 @@ def test_ctrl_c_withdraws_the_offer(swarm: LocalSwarm, model: Model) -> None:
     answer(swarm, model)
 
 
+def test_ctrl_c_while_it_starts(model: Model, tmp_path: Path) -> None:
+    peer = PeerProcess(["serve", str(model.folder)], tmp_path / "log", tmp_path / "key")
+    try:
+        assert until(lambda: len(family(peer)) > 1, COMMAND_SECONDS)  # its p2pd is there; torch is being imported
+        processes = family(peer)
+        peer.process.send_signal(signal.SIGINT)
+        assert peer.process.wait(2.0 + SLACK) == 0
+        assert not [each for each in processes if alive(each)]
+        assert peer.output() == ""
+    finally:
+        peer.stop()
+
+
 def test_a_killed_daemon_is_replaced(swarm: LocalSwarm, model: Model) -> None:
     peer = swarm.peers[3]
     before = p2pd_of(peer)
@@ -309,24 +323,21 @@ def test_nothing_outlives_a_peer_that_was_killed(swarm: LocalSwarm, model: Model
 
 def test_a_full_cache_is_told_at_once_and_a_vanished_client_frees_it(swarm: LocalSwarm, small: Model) -> None:
     generate = ("swarm", "generate", small.folder, "hi", "--initial-peers", swarm.address, "--max-new-tokens")
-    assert "101 of 100" not in refused(*generate, 4000)
-    assert re.search(r"asks for \d+ tokens of cache, 100 of 100 are free", refused(*generate, 4000))
+    ids = torch.tensor([[5, 6, 7]])
     with connected(swarm, small) as client:
-        ids = torch.tensor([[5, 6, 7]])
-        held = client(ids)
+        held = SwarmCache(max_length=95)
+        client(ids, past_key_values=held)
+        assert re.search(r"asks for \d+ tokens of cache, 5 of 100 are free", refused(*generate, 5))
+        held.close()
         with started(*generate, 80) as vanishing:
             assert vanishing.stdout is not None
             assert vanishing.stdout.read(1)  # it has a session
             vanishing.kill()
-        held.past_key_values.close()
-        assert until(lambda: fits(client, ids, 90), 2.0 + 10 * SLACK)
+        assert until(lambda: fits(client, ids, 95), 2.0 + 3 * SLACK)
 
 
 def fits(client: Any, ids: torch.Tensor, count: int) -> bool:
     """Whether there is room for a session of so many tokens."""
-    from swarm import SwarmCache
-    from swarm.errors import NoRoom
-
     cache = SwarmCache(max_length=count)
     try:
         client(ids, past_key_values=cache)
@@ -342,7 +353,7 @@ def fits(client: Any, ids: torch.Tensor, count: int) -> bool:
 _SCRIPT = """
 import sys, threading
 import torch
-from swarm import SwarmModelForCausalLM
+from swarm import SwarmCache, SwarmModelForCausalLM
 model = SwarmModelForCausalLM.from_pretrained(sys.argv[1], initial_peers=[sys.argv[2]])
 ids = torch.tensor([[5, 6, 7]])
 def generate(count, streamer=None):

@@ -11,20 +11,21 @@ same peers allows more than the sum of their 1/s, divided by the number of block
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from simulation.clients import Client, route_of, settle
+from simulation.clients import Client, route_of, settle, true_seconds
 from simulation.hosting import Hosting, Peer
 from swarm.errors import NoRoute
-from swarm.types import PeerId, Route
+from swarm.routing import Vector
+from swarm.types import Route
 
-SESSIONS_PER_PEER = 2  # in each of the places of 64 blocks, see `saturate`
-CLIENTS = 200
+CROWD = 4.0  # how many times more sessions than would fill the swarm if none had to wait for another
+CLIENTS = 200  # places that they come from
 ROUNDS = 20  # in which sessions come while the offers stay as they are
 RENEWALS = 2  # how often all sessions have ended and others come, after the swarm is full
 _UNITS = 1_000_000  # of flow that the strongest block has, at least: flows are whole numbers
@@ -40,33 +41,39 @@ class Load:
     possible: float  # no placement of these peers allows more
 
 
+@dataclass(frozen=True, slots=True)
+class _Session:
+    route: Route
+    alone: float  # seconds that a token takes while nobody else is there
+
+
 def saturate(hosting: Hosting, chance: random.Random) -> Load:
-    """Offer the swarm the whole of what its placement allows, in many sessions, and see what it does.
+    """Crowd the swarm with sessions that each generate as fast as they can, and see how fast that is.
 
     Sessions come in rounds, choose routes by what offers say of the queues before that round, and end; what counts is
-    the last state. A session gets what the busiest peer of its route has left for it.
+    the last state. The peers' time is shared fairly (max-min) among the sessions.
     """
     peers = hosting.online
     placed, possible = max_flow(peers, hosting.model.num_blocks), _possible(peers, hosting.model.num_blocks)
     clients = [settle(hosting, chance) for _ in range(CLIENTS)]
-    count = max(500, SESSIONS_PER_PEER * len(peers)) // ROUNDS * ROUNDS
-    rate = placed / count
     published = dict(hosting.directory.offers)
-    sessions: list[Route] = []
+    sessions = _routes(hosting, clients, 100, chance)
+    alone = sum(session.alone for session in sessions) / max(1, len(sessions))
+    count = max(1, round(CROWD * placed * alone / ROUNDS))  # in a round
+    sessions = []
     for turn in range(ROUNDS * (1 + RENEWALS)):
         if turn >= ROUNDS:
-            del sessions[: count // ROUNDS]
-        sessions += _routes(hosting, clients, count // ROUNDS, chance)
-        _publish_queues(hosting, _use(hosting, sessions, rate))
-    use = _use(hosting, sessions, rate)
-    achieved = sum(rate / max(1.0, *(use[hop.peer] for hop in route)) for route in sessions)
+            del sessions[:count]
+        sessions += _routes(hosting, clients, count, chance)
+        _publish_queues(hosting, _Shares(hosting, sessions))
+    achieved = float(_Shares(hosting, sessions).rates.sum())
     hosting.directory.offers = published
     hosting.directory.forget()
     return Load(achieved, placed, possible)
 
 
-def _routes(hosting: Hosting, clients: list[Client], count: int, chance: random.Random) -> list[Route]:
-    routes = []
+def _routes(hosting: Hosting, clients: list[Client], count: int, chance: random.Random) -> list[_Session]:
+    sessions = []
     for _ in range(count):
         client = chance.choice(clients)
         try:
@@ -74,30 +81,70 @@ def _routes(hosting: Hosting, clients: list[Client], count: int, chance: random.
         except NoRoute:
             continue
         if all(hop.peer in hosting.peers for hop in route):
-            routes.append(route)
-    return routes
+            sessions.append(_Session(route, true_seconds(hosting, client, route)))
+    return sessions
 
 
-def _use(hosting: Hosting, sessions: list[Route], rate: float) -> dict[PeerId, float]:
-    """How much of each peer's time the sessions want: more than 1 where it cannot be had."""
-    use: dict[PeerId, float] = defaultdict(float)
-    for route in sessions:
-        for hop in route:
-            use[hop.peer] += rate * len(hop.span) * hosting.peers[hop.peer].machine.seconds_per_block
-    return use
+class _Shares:
+    """The max-min fair rates of sessions that share peers: all rise together until a peer of theirs is full.
+
+    Attributes:
+        rates: tokens per second of each session, no more than it could do alone.
+        queues: steps that wait at each peer. A session that is slower than it would be alone has a step waiting for
+            the rest of the time (Little's law), at the peer that holds it up.
+    """
+
+    def __init__(self, hosting: Hosting, sessions: list[_Session]) -> None:
+        self._peers = {name: index for index, name in enumerate(hosting.peers)}
+        hops = [(number, hop) for number, session in enumerate(sessions) for hop in session.route]
+        self._session = np.array([number for number, _ in hops])
+        self._peer = np.array([self._peers[hop.peer] for _, hop in hops])
+        pace = {name: peer.machine.seconds_per_block for name, peer in hosting.peers.items()}
+        self._seconds = np.array([pace[hop.peer] * len(hop.span) for _, hop in hops])  # of a token, [hops]
+        self._alone = np.array([session.alone for session in sessions])
+        self.rates = np.zeros(len(sessions))
+        self._holds_up = np.full(len(sessions), -1)  # the peer that does, -1 for none
+        self._fill()
+        waiting = np.maximum(0.0, 1.0 - self.rates * self._alone)
+        held = self._holds_up >= 0
+        counts = np.bincount(self._holds_up[held], waiting[held], minlength=len(self._peers))
+        self.queues = dict(zip(self._peers, map(float, counts), strict=True))
+
+    def _fill(self) -> None:
+        """Progressive filling; peers that fill up at almost the same level are taken together."""
+        free, rising = np.ones(len(self._peers)), np.ones(len(self.rates), dtype=bool)
+        while rising.any():
+            on_hops = rising[self._session]
+            wanted = np.bincount(self._peer[on_hops], self._seconds[on_hops], minlength=len(free))
+            levels = np.divide(free, wanted, out=np.full(len(free), np.inf), where=wanted > 0)
+            limit = levels.min() * 1.02
+            content = rising & (1.0 / self._alone <= limit)
+            self._settle(content, 1.0 / self._alone[content], free, rising)
+            if content.any():
+                continue
+            full = (levels <= limit)[self._peer] & on_hops
+            self._holds_up[self._session[full]] = self._peer[full]
+            held = np.zeros_like(rising)
+            held[self._session[full]] = True
+            self._settle(held, levels[self._holds_up[held]], free, rising)
+
+    def _settle(
+        self, which: npt.NDArray[np.bool_], rates: Vector, free: Vector, rising: npt.NDArray[np.bool_]
+    ) -> None:
+        """Give sessions their final rates."""
+        self.rates[which] = rates
+        rising[which] = False
+        hops = which[self._session]
+        used = self._seconds[hops] * self.rates[self._session[hops]]
+        free -= np.bincount(self._peer[hops], used, minlength=len(free))
+        np.maximum(free, 0.0, out=free)
 
 
-def _publish_queues(hosting: Hosting, use: dict[PeerId, float]) -> None:
+def _publish_queues(hosting: Hosting, shares: _Shares) -> None:
     for name, peer in hosting.peers.items():
         if name in hosting.directory.offers:
-            hosting.directory.offers[name] = replace(peer.offer, queue=_queue(use.get(name, 0.0)))
+            hosting.directory.offers[name] = replace(peer.offer, queue=shares.queues[name])
     hosting.directory.forget()
-
-
-def _queue(use: float) -> float:
-    """Steps that wait: of a queue with random arrivals and equal service times (M/D/1); growing while it is too full."""
-    bounded = min(use, 0.97)
-    return bounded**2 / (2 * (1 - bounded)) + 50.0 * max(0.0, use - bounded)
 
 
 def _possible(peers: list[Peer], num_blocks: int) -> float:
