@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,9 +12,12 @@ import torch
 
 from peer.cache import Leases
 from peer.executor import Executor
+from peer.outlet import Failed, Outlet
 from peer.stage import SessionState, Stage, StepInput
 from swarm import tensors, wire
 from swarm.errors import (
+    BadTensor,
+    BeyondCache,
     Busy,
     Draining,
     Forgotten,
@@ -28,31 +30,31 @@ from swarm.errors import (
     to_wire,
 )
 from swarm.frames import Buffer
-from swarm.history import History
+from swarm.history import History, Piece
 from swarm.rpc import Link, Reply, Rpc
-from swarm.types import Address, ModelId, PeerId, SessionId, Span
-from swarm.wire import Message
+from swarm.types import ModelId, PeerId, SessionId, Span
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING_STEPS = 256  # steps of one session that may wait for the compute thread
 REPLAY_POSITIONS = 256  # of a replayed step, at most: other sessions' steps go between
+FEED_SECONDS = 0.2  # between two times that spares are told what is new
 BACKUP_BYTES = 256 * 1024 * 1024  # of what was passed on, of all sessions together
 
 
 class ServedSession:
-    """A session as its peer sees it: the client's link, the next hop's, and what waits to be sent to either."""
+    """A session as its peer sees it: its state here, the ways to the client and to the next hop."""
 
-    def __init__(self, key: SessionId, client: Link, state: SessionState) -> None:
+    def __init__(self, key: SessionId, client: Outlet, state: SessionState) -> None:
         self.key = key
         self.client = client
         self.state = state
-        self.next: wire.Endpoint | None = None
-        self.next_link: Link | None = None
+        self.next: Outlet | None = None
+        self.spares: dict[PeerId, tuple[Outlet, int]] = {}  # who is told late what next is told, over how many hops
+        self.feeding: asyncio.TimerHandle | None = None
         self.history: History | None = History()  # what was passed on; None where that was too much to keep
         self.epoch = 0
         self.waiting = 0  # steps given to the compute thread and not yet done
-        self.outbox: deque[tuple[Message, Sequence[Buffer]]] = deque()  # while the way is not free
 
     def __repr__(self) -> str:
         return f"<ServedSession {self.key.hex()[:8]} {self.state.model.span} at {self.state.length}>"
@@ -77,12 +79,15 @@ class Server:
         self._model = model
         self._clock = clock
         self._sessions: dict[SessionId, ServedSession] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
         self.draining = False
         self._backup = 0  # bytes of all sessions' histories
         self.tokens = 0  # positions that were run so far, of all rows
         rpc.answer(wire.OpenSession, self._open)
         rpc.answer(wire.KeepAlive, self._keep_alive)
         rpc.answer(wire.Replay, self._replay)
+        rpc.answer(wire.Feed, self._feed)
         rpc.listen(wire.CloseSession, self._close)
         rpc.listen(wire.Step, self._step)
         rpc.listen(wire.StepFailed, self._failed_downstream)
@@ -101,11 +106,16 @@ class Server:
             session = await self._admit(key, link, message)
         elif session.client.peer != link.peer:
             raise UnknownSession("the session is another client's")
-        self._leases.grant(key, message.batch * message.max_length, self._clock())
-        session.client = link  # a client that lost its connection comes back on another
-        session.state.max_length = message.max_length
+        state, span = session.state, session.state.model.span
+        if (message.start, message.end, message.batch) != (span.start, span.end, state.batch):
+            raise WrongModel(f"the session has {state.batch} rows and blocks {span}; neither can change")
+        length = max(message.max_length, state.length)  # what it holds stays, and stays leased
+        self._leases.grant(key, message.batch * length, self._clock())
+        if session.client.link is not link:  # a client that lost its connection comes back on another
+            session.client = Outlet(self._rpc, link)
+        state.max_length = length
         try:
-            session.next, session.next_link = message.next, await self._dial(message.next)
+            await self._set_next(session, message.next)
         except (RemoteError, asyncio.CancelledError):
             if session.state.number == 0:
                 self._forget(key)
@@ -126,18 +136,23 @@ class Server:
         except BaseException:
             self._leases.release(key)
             raise
-        session = self._sessions[key] = ServedSession(key, link, state)
+        self._empty.clear()
+        session = self._sessions[key] = ServedSession(key, Outlet(self._rpc, link), state)
         log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.model.span)
         return session
 
-    async def _dial(self, endpoint: wire.Endpoint | None) -> Link | None:
+    async def _set_next(self, session: ServedSession, endpoint: wire.Endpoint | None) -> None:
         if endpoint is None:
-            return None
-        return await self._rpc.connect(PeerId(endpoint.peer), [Address(*pair) for pair in endpoint.addresses])
+            session.next = None
+        elif endpoint.peer in session.spares:
+            session.next, _ = session.spares.pop(PeerId(endpoint.peer))
+        elif session.next is None or session.next.endpoint != endpoint or session.next.link.error is not None:
+            session.next = await Outlet.open(self._rpc, endpoint)
 
     async def _keep_alive(self, link: Link, message: wire.KeepAlive, body: memoryview) -> Reply:
         session = self._of_client(link, message.session)
-        session.client = link
+        if session.client.link is not link:
+            session.client = Outlet(self._rpc, link)
         self._leases.renew(session.key, self._clock())
         return wire.Alive(session.state.number, session.epoch, session.waiting)
 
@@ -154,7 +169,11 @@ class Server:
     def _forget(self, key: SessionId) -> None:
         if (session := self._sessions.pop(key, None)) is not None:
             self._drop_history(session)
+            if session.feeding is not None:
+                session.feeding.cancel()
         self._leases.release(key)
+        if not self._sessions:
+            self._empty.set()
 
     def expire(self) -> None:
         """End the sessions whose clients have not been heard of for too long; call it now and then."""
@@ -173,11 +192,10 @@ class Server:
             return  # left over from before a retry
         session.epoch = message.epoch
         try:
-            if session.waiting >= MAX_WAITING_STEPS:
-                raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
+            self._check_room(session, message)
             step = _step_input(message, body)
         except RemoteError as error:
-            self._refuse(session.client, message, _blamed(error, link, session))
+            self._refuse(session.client.link, message, _blamed(error, link, session))
             return
         self._leases.renew(session.key, self._clock())
         session.waiting += 1
@@ -185,6 +203,19 @@ class Server:
             lambda: self._stage.run(session.state, step),
             lambda output, error: self._ran(session, link, message, step, output, error),
         )
+
+    def _check_room(self, session: ServedSession, message: wire.Step) -> None:
+        """Before anything is kept of it: whether the step can be taken at all."""
+        outward = len(session.client) + (len(session.next) if session.next else 0)
+        if session.waiting + outward >= MAX_WAITING_STEPS:
+            raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
+        state = session.state
+        if len(message.hidden.shape) != 3:
+            raise BadTensor(f"hidden states of shape {message.hidden.shape}; [B, N, H] are taken")
+        rows, count, _ = message.hidden.shape
+        if rows > state.batch or message.position + count > state.max_length:
+            end = message.position + count
+            raise BeyondCache(f"{rows} rows to position {end}; {state.batch} to {state.max_length} are leased")
 
     def _ran(
         self,
@@ -197,7 +228,7 @@ class Server:
     ) -> None:
         session.waiting -= 1
         if output is None:
-            self._refuse(session.client, message, _blamed(error or Internal("no output"), link, session))
+            self._refuse(session.client.link, message, _blamed(error or Internal("no output"), link, session))
             return
         if message.replay != 1:
             self._pass_on(session, message, step, output)
@@ -209,16 +240,18 @@ class Server:
             onward = replace(step, hidden=output)
             replay = max(message.replay - 1, 0)
             header, body = step_message(session.key, message.epoch, message.keep, onward, replay)
-            self._send(session, session.next_link, header, body)
+            session.next.send(header, body, lambda error: self._refuse(session.client.link, message, error))
         elif not message.replay:
             kept = output[:, -message.keep :] if message.keep else output
             answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(kept))
-            self._send(session, session.client, answer, tensors.encode([kept]))
+            session.client.send(answer, tensors.encode([kept]), _unheard)
 
     def _keep(self, session: ServedSession, step: StepInput, output: torch.Tensor) -> None:
         """Upstream backup: remember what was passed on, as long as there is room for it."""
         if session.next is None:
             return
+        if session.spares and session.feeding is None:
+            session.feeding = asyncio.get_running_loop().call_later(FEED_SECONDS, self._feed_spares, session)
         if step.position == 0 and session.history is None:
             session.history = History()
         if session.history is not None and session.history.length < step.position:
@@ -247,55 +280,79 @@ class Server:
         if history is None or history.length < message.end:
             raise Forgotten(f"{history.length if history else 0} of {message.end} positions are kept")
         session.epoch = max(session.epoch, message.epoch)
-        for piece in history.pieces(message.start, message.end, REPLAY_POSITIONS):
-            step = StepInput(history.number, piece.position, piece.hidden, None, piece.position_ids, piece.mask)
-            header, pieces = step_message(session.key, message.epoch, 0, step, message.hops)
-            self._send(session, session.next_link, header, pieces)
+        history.truncate(message.end)
+        start = min(message.start, history.given(session.next.peer))  # a spare has most of it already
+        session.spares.clear()
+
+        def failed(error: RemoteError) -> None:
+            self._fail(session.client.link, message.session, message.epoch, 0, error)
+
+        for piece in history.pieces(start, message.end, REPLAY_POSITIONS):
+            self._send_piece(session, session.next, piece, message.hops, failed)
         return wire.Done()
 
-    def _send(self, session: ServedSession, link: Link | None, message: Message, body: Sequence[Buffer]) -> None:
-        """At once where the way is free, else in the background; always in order."""
-        if not session.outbox and link is not None and link.error is None and link.try_notify(message, body):
-            return
-        session.outbox.append((message, body))
-        if len(session.outbox) == 1:
-            self._rpc.spawn(self._drain(session))
+    def _send_piece(self, session: ServedSession, outlet: Outlet, piece: Piece, hops: int, failed: Failed) -> None:
+        assert session.history is not None
+        step = StepInput(session.history.number, piece.position, piece.hidden, None, piece.position_ids, piece.mask)
+        header, body = step_message(session.key, session.epoch, 0, step, hops)
+        outlet.send(header, body, failed)
 
-    async def _drain(self, session: ServedSession) -> None:
-        while session.outbox:
-            message, body = session.outbox[0]
-            try:
-                link = session.client
-                if isinstance(message, wire.Step):
-                    if session.next_link is None or session.next_link.error is not None:
-                        session.next_link = await self._dial(session.next)
-                    link = session.next_link or session.client
-                await link.notify(message, body)
-            except RemoteError as error:
-                log.info("cannot pass on session=%s error=%r", session.key.hex()[:8], str(error))
-                if isinstance(message, wire.Step):
-                    error.peer = session.next.peer if session.next else error.peer
-                    self._refuse(session.client, message, error)
-            session.outbox.popleft()
+    # --- spares and leaving ----------------------------------------------------------------------------------------
+
+    async def _feed(self, link: Link, message: wire.Feed, body: memoryview) -> Reply:
+        session = self._of_client(link, message.session)
+        if session.history is None:
+            raise Forgotten("what was passed on is not kept")
+        outlet = await Outlet.open(self._rpc, message.spare)
+        session.history.follow(outlet.peer)
+        session.spares[outlet.peer] = outlet, message.hops
+        self._feed_spares(session)
+        return wire.Done()
+
+    def _feed_spares(self, session: ServedSession) -> None:
+        """Tell the spares what is new: after the step, together with others, so that no step waits for it."""
+        session.feeding = None
+        if session.history is None:
+            session.spares.clear()
+        for outlet, hops in session.spares.values():
+            assert session.history is not None
+            for piece in session.history.news(outlet.peer, REPLAY_POSITIONS):
+                self._send_piece(session, outlet, piece, hops, _unheard)
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new sessions, ask the clients of the others to move, wait until they have; whether they did."""
+        self.draining = True
+        for session in self._sessions.values():
+            session.client.send(wire.Leaving(session.key), (), _unheard)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("sessions were left behind number=%d", len(self._sessions))
+            return False
+        return True
 
     # --- what went wrong -------------------------------------------------------------------------------------------
 
     def _refuse(self, link: Link, message: wire.Step, error: BaseException) -> None:
         """Tell whoever can do something about it that this step failed, and who is at fault."""
-        code, text = to_wire(error)
         if not isinstance(error, ShoalError):
             log.error("step failed session=%s", message.session.hex()[:8], exc_info=error)
+        self._fail(link, message.session, message.epoch, message.number, error)
+
+    def _fail(self, link: Link, key: bytes, epoch: int, number: int, error: BaseException) -> None:
+        code, text = to_wire(error)
         peer = (error.peer if isinstance(error, RemoteError) else "") or self._rpc.peer
-        self._tell(link, wire.StepFailed(message.session, message.epoch, message.number, peer, code, text[:2048]))
+        link.tell(wire.StepFailed(key, epoch, number, peer, code, text[:2048]))
 
     def _failed_downstream(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
         """The next hop does not know the session's client; we do."""
         if (session := self._sessions.get(SessionId(message.session))) is not None:
-            self._tell(session.client, message)
+            session.client.send(message, (), _unheard)
 
-    def _tell(self, link: Link, message: Message) -> None:
-        if link.error is None and not link.try_notify(message):
-            self._rpc.spawn(link.notify(message))
+
+def _unheard(error: RemoteError) -> None:
+    """The client is gone: nobody is left to tell, and its lease will end."""
 
 
 def step_message(

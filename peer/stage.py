@@ -67,13 +67,17 @@ class Stage:
         self._check(state, step)
         self._rewind(state, step)
         mask = self._extended_mask(state, step)
-        output = state.model.forward(
-            step.hidden.to(self.model.device, self.model.dtype),
-            position=step.position,
-            cache=state.cache,
-            attention_mask=mask,
-            position_ids=step.position_ids,
-        )
+        try:
+            output = state.model.forward(
+                step.hidden.to(self.model.device, self.model.dtype),
+                position=step.position,
+                cache=state.cache,
+                attention_mask=mask,
+                position_ids=step.position_ids,
+            )
+        except BaseException:  # some layers hold the new positions, some do not: only a replay can help
+            state.cache, state.mask, state.length, state.number = state.model.new_cache(), None, 0, 0
+            raise
         state.mask = mask
         state.length = step.position + step.hidden.shape[1]
         state.number = step.number
@@ -100,9 +104,10 @@ class Stage:
 
     def _check_rows(self, state: SessionState, step: StepInput, rows: int, count: int) -> None:
         held = state.rows if step.position else rows
-        if step.rows is not None and (len(step.rows) != rows or max(step.rows) >= max(held, rows)):
+        picks = step.rows is not None and step.position > 0 and step.number == state.number + 1  # else it has, before
+        if step.rows is not None and (len(step.rows) != rows or (picks and max(step.rows) >= held)):
             raise BadTensor(f"rows {step.rows} do not continue the session's {held}")
-        if step.rows is None and held != rows:
+        if not picks and held != rows:
             raise BadTensor(f"{rows} rows, the session has {held}")
         for name, extra in (("position ids", step.position_ids), ("mask", step.mask)):
             if extra is not None and (extra.is_floating_point() or extra.shape != (rows, count)):

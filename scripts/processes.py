@@ -34,6 +34,7 @@ class PeerProcess:
     def __init__(self, arguments: Sequence[str], log: Path, identity: Path) -> None:
         self.log = log
         self.identity = identity
+        self._asked = False
         self._command = [str(Path(sys.executable).with_name("peer")), *arguments, "--identity", str(identity)]
         self._log_handle = log.open("ab")
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -82,13 +83,18 @@ class PeerProcess:
         """What it wrote to stderr so far."""
         return self.log.read_text(errors="replace")
 
+    def ask_to_end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send the signal, once: a second one would make it drop everything at once."""
+        if not self._asked and self.process.poll() is None:
+            self._asked = True
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it and everything it started; its exit code. A second call does nothing."""
         if self._log_handle.closed:
             return int(self.process.returncode)
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.send_signal(number)
+        self.ask_to_end(number)
         try:
             code = self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -157,8 +163,7 @@ class LocalSwarm:
     def close(self) -> None:
         """End all processes."""
         for process in self.peers:
-            if process.process.poll() is None:
-                process.process.send_signal(signal.SIGTERM)
+            process.ask_to_end()
         for process in self.peers:
             process.stop()
         self._background.close()

@@ -121,7 +121,13 @@ class Chain:
     """The swarm as the one block of a model: hidden states in, hidden states out."""
 
     def __init__(
-        self, background: BackgroundLoop, network: Network, model: ModelId, config: PreTrainedConfig, waiting: Waiting
+        self,
+        background: BackgroundLoop,
+        network: Network,
+        model: ModelId,
+        config: PreTrainedConfig,
+        waiting: Waiting,
+        standby: int,
     ) -> None:
         self.background = background
         self.network = network
@@ -129,6 +135,7 @@ class Chain:
         self.num_blocks = num_blocks(config)
         self.context = context_of(config)
         self.waiting = waiting
+        self.standby = standby
         self.call = _Call()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -171,6 +178,7 @@ class Chain:
                 batch=hidden.shape[0],
                 max_length=length,
                 waiting=self.waiting,
+                standby=self.standby,
             )
             cache.bind(session, self.background)
         assert cache.session is not None
@@ -275,6 +283,7 @@ class SwarmModelForCausalLM:
         device: str = "cpu",
         wait: float = 0.0,
         failover_wait: float = 10.0,
+        standby: int = 0,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
@@ -284,6 +293,7 @@ class SwarmModelForCausalLM:
             dtype: what the embeddings and the head compute in; the peers' own is in their offers.
             wait: seconds to wait for blocks that nobody hosts, before `NoRoute` is raised.
             failover_wait: the same, in the middle of an answer whose host has gone; at least `wait`.
+            standby: how many spares follow at each hop, so that a failover costs no prefill.
             on_missing: told which blocks are waited for, each time they change.
 
         Raises:
@@ -297,7 +307,7 @@ class SwarmModelForCausalLM:
             network = background.run(Network.start(list(initial_peers)))
             background.at_close(network.close)
             waiting = Waiting(wait, failover_wait, on_missing)
-            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting)
+            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
         except BaseException:
             background.close()

@@ -43,6 +43,7 @@ class History:
         self.number = 0
         self.length = 0
         self.nbytes = 0
+        self._followers: dict[str, int] = {}  # how many positions each was given
 
     def record(
         self,
@@ -73,10 +74,25 @@ class History:
                 self._pieces.append(kept)
                 self.nbytes += kept.hidden.nbytes
         self.length = length
+        self._followers = {name: min(given, length) for name, given in self._followers.items()}
 
     def _reorder(self, rows: torch.Tensor) -> None:
+        self._followers = dict.fromkeys(self._followers, 0)
         for piece in self._pieces:
             piece.index = rows if piece.index is None else piece.index[rows]
+
+    def follow(self, name: str) -> None:
+        """From now on, remember what `name` was given."""
+        self._followers.setdefault(name, 0)
+
+    def given(self, name: str) -> int:
+        """How many positions `name` was given and still are as they were then; 0 for a stranger."""
+        return self._followers.get(name, 0)
+
+    def news(self, name: str, most: int) -> Iterator[Piece]:
+        """What `name` was not given yet; it counts as given from now on."""
+        start, self._followers[name] = self.given(name), self.length
+        return self.pieces(start, self.length, most)
 
     def pieces(self, start: int, end: int, most: int) -> Iterator[Piece]:
         """What brings a peer that holds `start` positions to `end`, in steps of `most` positions at most.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from swarm import tensors, wire
 from swarm.avoidance import Avoidance
@@ -65,6 +65,8 @@ class Place:
     open: bool = False  # on the terms of the moment: who comes next, how long it may get
     failed: bool = False  # another peer has to take its place
     number: int = 0  # of the last step it ran, as it said when the session was opened there
+    length: int = 0  # positions it holds, as it said then
+    spares: list[list[Place]] = field(default_factory=list)  # who follows, ready to take the place: one or several
 
     @property
     def sound(self) -> bool:
@@ -104,10 +106,10 @@ class LiveRoute:
         self.pace = Pace()
         self._rpc = rpc
         self._avoidance = avoidance
-        self._key = key
+        self.key = key
         self._model = model
         self._blocks = blocks
-        self._find_route = find
+        self.find = find
         self._batch = batch
         self._lost = lost
         self._refused: set[PeerId] = set()  # who said no to the step under way
@@ -152,7 +154,8 @@ class LiveRoute:
         for place in self.places:
             place.open = False
 
-    def _shunned(self) -> Shunned:
+    def shunned(self) -> Shunned:
+        """Whom to do without at this moment."""
         now = asyncio.get_running_loop().time()
         ever = self._refused | self._avoidance.resting(now)
         return Shunned(self._avoidance.avoided(now) | ever, ever)
@@ -183,7 +186,7 @@ class LiveRoute:
                 self._dismiss(place)
             self.places = []
         if not self.places:
-            route = await self._find_route(self._blocks, self._shunned, self._trouble)
+            route = await self.find(self._blocks, self.shunned, self._trouble)
             self.places = [Place(hop) for hop in route]
 
     async def _replace(self, start: int, end: int) -> None:
@@ -192,26 +195,42 @@ class LiveRoute:
         others = {place.hop.peer for place in (*self.places[:start], *self.places[end:])}
 
         def shunned() -> Shunned:
-            rather, ever = self._shunned()
+            rather, ever = self.shunned()
             return Shunned(rather | others, ever | others)
 
-        route = await self._find_route(span, shunned, -math.inf)
-        log.info("failover session=%s blocks=%s to=%s", self._key.hex()[:8], span, route)
-        for place in failed:
+        if (spares := _spares_of(failed)) is not None:
+            self._put(start, end, spares)
+            return
+        route = await self.find(span, shunned, -math.inf)
+        self._put(start, end, [Place(hop) for hop in route])
+
+    def _put(self, start: int, end: int, places: list[Place]) -> None:
+        log.info("failover session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])
+        after = self.places[end : end + 1]
+        for place in after:  # whoever fed its spares is gone
+            self._dismiss_spares(place)
+        for place in self.places[start:end]:
+            place.spares = [spare for spare in place.spares if spare[0] not in places]
             self._dismiss(place)
-        self.places[start:end] = [Place(hop) for hop in route]
+        self.places[start:end] = places
         self.failovers += 1
 
+    def _dismiss_spares(self, place: Place) -> None:
+        for each in (each for spare in place.spares for each in spare):
+            self._dismiss(each)
+        place.spares = []
+
     def _dismiss(self, place: Place) -> None:
+        self._dismiss_spares(place)
         if place.link is not None:
             place.link.on_lost.discard(self._lost)
-        self._rpc.tell(place.hop.peer, wire.CloseSession(self._key))
+        self._rpc.tell(place.hop.peer, wire.CloseSession(self.key))
 
     async def _open_all(self) -> None:
         """Open the session at every place, or tell it the new terms: who comes next, how long it may get."""
         following: list[Hop | None] = [*(place.hop for place in self.places[1:]), None]
         opening = [
-            asyncio.ensure_future(self._open(place, after)) for place, after in zip(self.places, following, strict=True)
+            asyncio.ensure_future(self.open(place, after)) for place, after in zip(self.places, following, strict=True)
         ]
         try:
             await asyncio.wait(opening)
@@ -226,51 +245,60 @@ class LiveRoute:
         for task in opening:
             task.result()
 
-    async def _open(self, place: Place, after: Hop | None) -> None:
+    async def open(self, place: Place, after: Hop | None) -> None:
+        """Open the session at `place` on the terms of the moment. Raises what its peer says."""
         link = await self._rpc.connect(place.hop.peer, place.hop.addresses)
         endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
         span = place.hop.span
-        message = wire.OpenSession(self._key, self._model, span.start, span.end, self._batch, self.max_length, endpoint)
+        message = wire.OpenSession(self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint)
         opened, _ = await link.call(message, timeout=OPEN_TIMEOUT)
         if not isinstance(opened, wire.SessionOpened) or not 0 < opened.lease < math.inf:
             raise Malformed("an answer to OpenSession that is none", link.peer)
         self._lease = min(opened.lease, self._lease or opened.lease)
         place.link = link
         place.open = True
+        place.length = opened.length
         place.number = min(opened.number, place.number) if place.number == _UNKNOWN else opened.number
         link.on_lost.add(self._lost)
 
     async def _replay(self, number: int, position: int, history: History) -> None:
         """Bring every place that is behind to `position`, from the nearest one before it that remembers."""
-        behind = [position > 0 and place.number < number - 1 for place in self.places]
+        behind = [position > 0 and (p.number < number - 1 or p.length < position) for p in self.places]
         for start, end in runs(behind):
             for source in range(start - 1, -2, -1):
                 try:
                     await self._replay_from(source, end, position, history)
                     break
                 except Forgotten:
-                    log.info("replay one hop earlier session=%s hop=%d", self._key.hex()[:8], source)
+                    log.info("replay one hop earlier session=%s hop=%d", self.key.hex()[:8], source)
         for place in self.places:
-            place.number = max(place.number, number - 1)
+            place.number, place.length = max(place.number, number - 1), max(place.length, position)
 
     async def _replay_from(self, source: int, end: int, position: int, history: History) -> None:
         """Replay to the places after `source`, up to `end`. -1 is ourselves: we have everything."""
         hops = end - source - 1
+        held = 0 if self.places[source + 1].number == _UNKNOWN else self.places[source + 1].length
         if source >= 0:
-            link = self.places[source].link
-            assert link is not None
-            message = wire.Replay(self._key, self.epoch, 0, position, hops)
-            await link.call(message, timeout=self.pace.patience(position) + OPEN_TIMEOUT)
+            message = wire.Replay(self.key, self.epoch, held, position, hops)
+            await self.call(self.places[source], message, self.pace.patience(position) + OPEN_TIMEOUT)
             return
-        for piece in history.pieces(0, position, REPLAY_POSITIONS):
-            await self.send(history.number, piece, None, 0, hops)
+        for piece in history.pieces(min(held, history.given(self.places[0].hop.peer)), position, REPLAY_POSITIONS):
+            await self.send(self.places[0], history.number, piece, None, 0, hops)
 
-    async def send(self, number: int, piece: Piece, rows: list[int] | None, keep: int, replay: int = 0) -> None:
-        """Send a step to the first hop. Raises `Unreachable` or `DeadlineExceeded`."""
-        first = self.places[0]
+    async def call(self, place: Place, message: wire.Message, timeout: float = OPEN_TIMEOUT) -> object:
+        """Ask the peer at a place. Raises what it says, or `Unreachable`."""
+        if place.link is None:
+            raise Unreachable("not connected", place.hop.peer)
+        answer, _ = await place.link.call(message, timeout=timeout)
+        return answer
+
+    async def send(
+        self, first: Place, number: int, piece: Piece, rows: list[int] | None, keep: int, replay: int = 0
+    ) -> None:
+        """Send a step to the peer at a place. Raises `Unreachable` or `DeadlineExceeded`."""
         extras = [extra for extra in (piece.position_ids, piece.mask) if extra is not None]
         message = wire.Step(
-            self._key,
+            self.key,
             self.epoch,
             number,
             piece.position,
@@ -299,7 +327,7 @@ class LiveRoute:
 
         Raises `DeadlineExceeded` for the first hop that does not answer, or where nobody works on it any more.
         """
-        answers = await asyncio.gather(*map(self._ask, self.places), return_exceptions=True)
+        answers = await asyncio.gather(*map(self.ask, self.places), return_exceptions=True)
         if not waiting():
             return
         silent = [place for place, answer in zip(self.places, answers, strict=True) if isinstance(answer, Exception)]
@@ -310,10 +338,9 @@ class LiveRoute:
         if not any(isinstance(a, wire.Alive) and a.epoch == self.epoch and a.waiting for a in answers):
             raise DeadlineExceeded("the step was lost on its way")
 
-    async def _ask(self, place: Place) -> wire.Alive:
-        if place.link is None:
-            raise Unreachable("not connected", place.hop.peer)
-        answer, _ = await place.link.call(wire.KeepAlive(self._key), timeout=PROBE_TIMEOUT)
+    async def ask(self, place: Place) -> wire.Alive:
+        """How far the peer at a place is. Raises what it says, or `DeadlineExceeded` where it says nothing."""
+        answer = await self.call(place, wire.KeepAlive(self.key), PROBE_TIMEOUT)
         if not isinstance(answer, wire.Alive):
             raise Malformed("an answer to KeepAlive that is none", place.hop.peer)
         return answer
@@ -322,11 +349,24 @@ class LiveRoute:
         """Say that we are still here, well before the lease ends. Who denies it is found out by the next step."""
         while True:
             await asyncio.sleep(self._lease / 3)
-            links = [place.link for place in self.places if place.link is not None]
-            calls = [link.call(wire.KeepAlive(self._key), timeout=self._lease / 3) for link in links]
+            following = [each for place in self.places for spare in place.spares for each in spare]
+            links = [place.link for place in (*self.places, *following) if place.link is not None]
+            calls = [link.call(wire.KeepAlive(self.key), timeout=self._lease / 3) for link in links]
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 if isinstance(outcome, Exception):
-                    log.info("not kept alive session=%s error=%r", self._key.hex()[:8], str(outcome))
+                    log.info("not kept alive session=%s error=%r", self.key.hex()[:8], str(outcome))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` beside the steps."""
+        return self._rpc.spawn(work)
+
+    def exchange(self, peer: PeerId) -> bool:
+        """Let another take the place of `peer` at the next repair, and do not blame it; False where it has none."""
+        places = [place for place in self.places if place.hop.peer == peer]
+        for place in places:
+            place.failed = True
+        self._refused.add(peer)
+        return bool(places)
 
     def close(self) -> None:
         """Give the leases back."""
@@ -344,3 +384,14 @@ def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
     padded = [False, *marks, False]
     edges = [index for index in range(len(marks) + 1) if padded[index] != padded[index + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _spares_of(failed: Sequence[Place]) -> list[Place] | None:
+    """Places that can take over from all of `failed` at once, None where one of them has no living spare."""
+    found: list[Place] = []
+    for place in failed:
+        living = [spare for spare in place.spares if all(each.link and each.link.error is None for each in spare)]
+        if not living:
+            return None
+        found += living[0]
+    return found

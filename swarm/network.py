@@ -59,10 +59,14 @@ class Network:
         batch: int,
         max_length: int,
         waiting: Waiting = Waiting(),
+        standby: int = 0,
     ) -> Session:
-        """A session of `batch` rows and up to `max_length` positions; its first step opens it."""
+        """A session of `batch` rows and up to `max_length` positions; its first step opens it.
+
+        `standby` is how many spares follow at each hop.
+        """
         find = _Finder(self, model, num_blocks, waiting)
-        return Session(self.sessions, model, num_blocks, find, batch, max_length)
+        return Session(self.sessions, model, num_blocks, find, batch, max_length, standby)
 
     async def close(self) -> None:
         """End all sessions and leave."""

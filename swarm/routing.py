@@ -19,7 +19,7 @@ from swarm.types import Coordinate, Hop, Offer, PeerId, Route, Span, State
 
 HOP_SECONDS = 0.002  # what one more hop costs a token, beside the way and the blocks' own time
 FULL_SECONDS = 10.0  # what no room for the session is taken to cost, so that it is chosen only where it must be
-SPREAD = 0.05  # offers that differ by less are about equally good; clients spread over them
+SPREAD = 0.15  # offers that differ by less are about equally good; clients spread over them
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -174,9 +174,9 @@ class Estimates:
 
     def _one_way(self, left: Vector, right: Vector) -> Vector:
         """Half of `swarm.coordinates.distance`, for many at once: [..., 4] and [..., 4] to [...]."""
-        apart = left[..., :3] - right[..., :3]
-        round_trip = np.sqrt(np.einsum("...i,...i->...", apart, apart)) + left[..., 3] + right[..., 3]
-        return np.where(np.isnan(round_trip), self._usual, round_trip / 2)
+        x, y, z = (left[..., axis] - right[..., axis] for axis in range(3))
+        one_way = (np.sqrt(x * x + y * y + z * z) + left[..., 3] + right[..., 3]) / 2
+        return np.where(np.isnan(one_way), self._usual, one_way)
 
 
 def _matrix(places: Sequence[Coordinate | None]) -> Vector:
@@ -209,7 +209,8 @@ class _Search:
     """Dynamic programming along the blocks: what it costs at least to have reached this boundary in each offer."""
 
     def __init__(self, offers: Sequence[Offer], span: Span, latencies: Latencies, work: Work) -> None:
-        self._offers, self._span, self._latencies, self._work = offers, span, latencies, work
+        self._offers, self._span, self._latencies, self._favour = offers, span, latencies, work.favour
+        self._turn, self._block = work.turn * work.favour, work.block * work.favour
         self._start = np.array([max(offer.span.start, span.start) for offer in offers])
         self._end = np.array([min(offer.span.end, span.end) for offer in offers])
         self._cost = np.full(len(offers), np.inf)
@@ -217,36 +218,34 @@ class _Search:
 
     def arrive(self, block: int) -> None:
         """Enter every host of `block`, from where that is cheapest."""
-        begins, here = self._start == block, (self._start < block) & (block < self._end)
+        begins = np.flatnonzero(self._start == block)
         if block == self._span.start:
-            self._enter(block, np.flatnonzero(begins), self._latencies.first()[begins], _BEGAN)
+            self._enter(block, begins, self._latencies.first()[begins], np.full(len(begins), _BEGAN))
             return
-        ends = self._end == block
-        arrivals = [(here | ends, begins), (ends, here)]
-        found = [self._from(np.flatnonzero(senders), np.flatnonzero(receivers)) for senders, receivers in arrivals]
+        ends = np.flatnonzero(self._end == block)
+        here = np.flatnonzero((self._start < block) & (block < self._end))
+        arrivals = [(np.concatenate((here, ends)), begins), (ends, here)]
+        found = [(receivers, *self._from(s, receivers)) for s, receivers in arrivals if len(s) and len(receivers)]
         for receivers, seconds, senders in found:
             self._enter(block, receivers, seconds, senders)
 
-    def _from(self, senders: Indices, receivers: Indices) -> tuple[Indices, Vector, Indices]:
-        """The cheapest way to each of `receivers`: whom to, at what cost before it is their turn, whom from."""
-        if not len(senders) or not len(receivers):
-            return receivers[:0], np.empty(0), senders[:0]
-        ways = self._latencies.between(senders, receivers) * self._work.favour[receivers]
+    def _from(self, senders: Indices, receivers: Indices) -> tuple[Vector, Indices]:
+        """The cheapest way to each of `receivers`: at what cost before it is their turn, and whom from."""
+        ways = self._latencies.between(senders, receivers) * self._favour[receivers]
         ways += self._cost[senders][:, None]
         best = ways.argmin(axis=0)
-        return receivers, ways[best, np.arange(len(receivers))], senders[best]
+        return ways[best, np.arange(len(receivers))], senders[best]
 
-    def _enter(self, block: int, receivers: Indices, seconds: Vector, parents: Indices | int) -> None:
-        cost = seconds + (self._work.turn * self._work.favour)[receivers]
+    def _enter(self, block: int, receivers: Indices, seconds: Vector, parents: Indices) -> None:
+        cost = seconds + self._turn[receivers]
         better = cost < self._cost[receivers]
-        self._cost[receivers[better]] = cost[better]
-        row = self._parents[block - self._span.start]
-        row[receivers[better]] = parents if isinstance(parents, int) else parents[better]
+        receivers = receivers[better]
+        self._cost[receivers] = cost[better]
+        self._parents[block - self._span.start, receivers] = parents[better]
 
     def run(self, block: int) -> None:
         """Run `block` at all of its hosts."""
-        hosts = (self._start <= block) & (block < self._end)
-        self._cost[hosts] += (self._work.block * self._work.favour)[hosts]
+        self._cost += np.where((self._start <= block) & (block < self._end), self._block, 0.0)
 
     def hops(self) -> list[Hop]:
         """The cheapest of all ways, from its end to its beginning and turned round."""

@@ -1,9 +1,9 @@
 """Which offers a client reads, where there are too many to read all of them. Pure.
 
 The offers for a range of blocks lie in several tables, by where their peers are: one for the whole world, and one for
-each cell of two grids over the space of network coordinates, a coarse and a fine one. A table keeps a bounded number
+each cell of three grids over the space of network coordinates, coarse and fine. A table keeps a bounded number
 of offers, chosen by `worth_keeping`, a function of what lies in it: so each peer, when it is about to renew its offer,
-reads the table and finds out for itself whether it still belongs there. A client reads the three tables of its own
+reads the table and finds out for itself whether it still belongs there. A client reads the four tables of its own
 place for each range of blocks: however many peers there are, it reads about as many offers, and most are of peers
 near it or fast ones.
 """
@@ -18,9 +18,9 @@ from heapq import nsmallest
 from swarm.routing import seconds_per_block, turn_seconds
 from swarm.types import Coordinate, Offer, PeerId, Span, State
 
-CELLS = (0.08, 0.03)  # edges of the two grids, in seconds of round trip
-FASTEST = 4  # offers that a table keeps for each block because nobody serves it faster
-DRAWN = 4  # and by lot, so that no client depends on a few peers that all others know too
+CELLS = (0.1, 0.05, 0.025)  # edges of the grids' cells, in seconds of round trip
+FASTEST = 5  # offers that a table keeps for each block because nobody serves it faster
+DRAWN = 5  # and by lot, so that no client depends on a few peers that all others know too
 WORLD = "world"
 
 

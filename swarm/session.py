@@ -31,7 +31,8 @@ from swarm.errors import (
 from swarm.history import History, Piece
 from swarm.liveroute import LiveRoute, RouteFinder
 from swarm.rpc import Link, Rpc
-from swarm.types import ModelId, Route, SessionId, Span
+from swarm.standby import Standby
+from swarm.types import ModelId, PeerId, Route, SessionId, Span
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Sessions:
         self._sessions: dict[SessionId, Session] = {}
         rpc.listen(wire.Output, self._output)
         rpc.listen(wire.StepFailed, self._failed)
+        rpc.listen(wire.Leaving, self._leaving)
 
     def add(self, session: Session) -> None:
         """From now on it is told what comes for it."""
@@ -83,6 +85,10 @@ class Sessions:
         if (session := self._sessions.get(SessionId(message.session))) is not None:
             session.told(message)
 
+    def _leaving(self, link: Link, message: wire.Leaving, body: memoryview) -> None:
+        if (session := self._sessions.get(SessionId(message.session))) is not None:
+            self.rpc.spawn(session.leave(link.peer))
+
     async def close(self) -> None:
         """End all of them."""
         for session in list(self._sessions.values()):
@@ -97,7 +103,14 @@ class Session:
     """
 
     def __init__(
-        self, owner: Sessions, model: ModelId, num_blocks: int, find: RouteFinder, batch: int, max_length: int
+        self,
+        owner: Sessions,
+        model: ModelId,
+        num_blocks: int,
+        find: RouteFinder,
+        batch: int,
+        max_length: int,
+        standby: int = 0,
     ) -> None:
         self.key = SessionId(os.urandom(16))
         self.length = 0
@@ -105,9 +118,11 @@ class Session:
         blocks = Span(0, num_blocks)
         self._live = LiveRoute(owner.rpc, owner.avoidance, self.key, model, blocks, find, batch, max_length, self._lost)
         self._history = History()
+        self._standby = Standby(self._live, self._history, standby)
         self._waiting: _Waiting | None = None
         self._needed = 0  # positions, for the step under way
         self._closed = False
+        self._stepping = asyncio.Lock()  # a hop is exchanged between two steps
 
     @property
     def route(self) -> Route | None:
@@ -137,6 +152,12 @@ class Session:
         """
         if self._closed:
             raise Closed("the session was closed")
+        async with self._stepping:
+            output = await self._step(hidden, meta)
+        self._standby.step_ended()
+        return output
+
+    async def _step(self, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         number = self._history.number + 1
         self._history.record(number, meta.position, hidden, meta.rows, meta.position_ids, meta.mask)
         self._needed = meta.position + hidden.shape[1]
@@ -188,7 +209,7 @@ class Session:
         started = loop.time()
         try:
             piece = Piece(meta.position, hidden, meta.position_ids, meta.mask)
-            await self._live.send(number, piece, meta.rows, meta.keep)
+            await self._live.send(self._live.places[0], number, piece, meta.rows, meta.keep)
             output = await self._answer(waiting, rows * count)
         finally:
             self._waiting = None
@@ -228,12 +249,24 @@ class Session:
 
     def told(self, message: wire.StepFailed) -> None:
         """A hop told us that it, or the one after it, could not do its part."""
-        if self._waiting is not None and message.epoch == self._waiting.epoch:
+        on_route = any(place.hop.peer == message.peer for place in self._live.places)
+        if self._waiting is not None and message.epoch == self._waiting.epoch and on_route:
             self._fail(from_wire(message.code, message.message, message.peer))
 
     def _fail(self, error: RemoteError) -> None:
         if self._waiting is not None and not self._waiting.future.done():
             self._waiting.future.set_exception(error)
+
+    async def leave(self, peer: PeerId) -> None:
+        """A peer on the route is about to leave: bring another to where it is, and put it in its place."""
+        await self._standby.replace(peer)
+        async with self._stepping:
+            if not self._closed and self._live.exchange(peer):
+                self._live.epoch += 1
+                try:
+                    await self._live.repair(self._history.number + 1, self._history.length, self._history)
+                except RemoteError as error:
+                    self._live.blame(error, begun=True)  # the next step sees to it
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -244,6 +277,7 @@ class Session:
         self._closed = True
         self._owner.remove(self)
         self._fail(Unreachable("the session was closed"))
+        self._standby.close()
         self._live.close()
 
     def __repr__(self) -> str:

@@ -183,6 +183,20 @@ class Replay(Message, tag="replay"):
     hops: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # how many hops it is for; the last of them passes nothing on
 
 
+class Feed(Message, tag="feed"):
+    """From now on, also tell these hops what is passed on to the next: late, in bulk, until they take its place."""
+
+    session: Key
+    spare: Endpoint  # the first of them
+    hops: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
+class Leaving(Message, tag="leaving"):
+    """The peer is about to leave: let another take its place in the session."""
+
+    session: Key
+
+
 class Output(Message, tag="output"):
     """The last hop's answer to a step: hidden states [batch, kept positions, hidden size]."""
 
@@ -204,7 +218,19 @@ class StepFailed(Message, tag="failed"):
 
 
 Body: TypeAlias = (
-    Echo | Done | OpenSession | SessionOpened | KeepAlive | Alive | CloseSession | Step | Replay | Output | StepFailed
+    Echo
+    | Done
+    | OpenSession
+    | SessionOpened
+    | KeepAlive
+    | Alive
+    | CloseSession
+    | Step
+    | Replay
+    | Feed
+    | Leaving
+    | Output
+    | StepFailed
 )
 Handshake: TypeAlias = Hello | Proof | Goodbye
 _BODIES: dict[str, type[Message]] = {kind.__struct_config__.tag: kind for kind in get_args(Body)}

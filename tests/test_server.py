@@ -199,6 +199,19 @@ async def test_a_step_sent_twice_counts_once(swarm: Swarm) -> None:
     torch.testing.assert_close(last, swarm.expected(torch.cat([hidden, states(1)], 1))[:, -1:])
 
 
+async def test_rows_are_picked_once_however_often_the_step_comes(swarm: Swarm) -> None:
+    peer, client, session, hidden = await swarm.peer(), swarm.client(), key(), states(4, rows=3)
+    await client.open(peer, session, batch=3)
+    await client.step(peer, session, hidden, 1, 0)
+    for wrong in ([3, 0], [3, 3, 3]):
+        with pytest.raises(BadTensor):
+            await client.step(peer, session, states(1, rows=len(wrong)), 2, 4, rows=wrong)
+    expected = swarm.expected(torch.cat([hidden[[2, 2]], states(1, rows=2)], 1))[:, -1:]
+    for epoch in (1, 2):
+        output = await client.step(peer, session, states(1, rows=2), 2, 4, rows=[2, 2], epoch=epoch)
+        torch.testing.assert_close(output, expected)
+
+
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +288,25 @@ async def test_a_client_that_comes_back_on_another_connection_has_its_session(sw
     (await client.link(peer)).close()
     assert (await client.open(peer, session)).length == 4
     await client.step(peer, session, states(1), 2, 4)
+
+
+@pytest.mark.parametrize("changes", [{"batch": 2, "max_length": 8}, {"end": 2}, {"start": 1}])
+async def test_an_open_session_keeps_its_rows_and_blocks(swarm: Swarm, changes: dict[str, Any]) -> None:
+    peer, client, session = await swarm.peer(), swarm.client(), key()
+    await client.open(peer, session)
+    with pytest.raises(WrongModel, match="neither can change"):
+        await client.open(peer, session, **changes)
+    assert peer.leases.used == 16
+
+
+async def test_what_a_session_holds_stays_leased(swarm: Swarm) -> None:
+    peer, client, session = await swarm.peer(), swarm.client(), key()
+    await client.open(peer, session)
+    await client.step(peer, session, states(10), 1, 0)
+    await client.open(peer, session, max_length=1)
+    assert peer.leases.used == 10
+    with pytest.raises(BeyondCache):
+        await client.step(peer, session, states(1), 2, 10)
 
 
 # --- leases --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ ROUNDS = 20  # in which sessions come while the offers stay as they are
 RENEWALS = 2  # how often all sessions have ended and others come, after the swarm is full
 _UNITS = 1_000_000  # of flow that the strongest block has, at least: flows are whole numbers
 _PRECISION = 1e-3
+_FULL = 0.95  # use of a peer's time, above which what waits is counted by Little's law alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def saturate(hosting: Hosting, chance: random.Random) -> Load:
     sessions = []
     for turn in range(ROUNDS * (1 + RENEWALS)):
         if turn >= ROUNDS:
-            del sessions[:count]
+            sessions = chance.sample(sessions, max(0, len(sessions) - count))
         sessions += _routes(hosting, clients, count, chance)
         _publish_queues(hosting, _Shares(hosting, sessions))
     achieved = float(_Shares(hosting, sessions).rates.sum())
@@ -90,8 +91,9 @@ class _Shares:
 
     Attributes:
         rates: tokens per second of each session, no more than it could do alone.
-        queues: steps that wait at each peer. A session that is slower than it would be alone has a step waiting for
-            the rest of the time (Little's law), at the peer that holds it up.
+        queues: steps that wait at each peer on average, as it would measure them. A session that is slower than it
+            would be alone has a step waiting for the rest of the time (Little's law), at the peer that holds it up.
+            Besides, steps come at random: as many wait as in a queue with equal service times (M/D/1).
     """
 
     def __init__(self, hosting: Hosting, sessions: list[_Session]) -> None:
@@ -104,15 +106,18 @@ class _Shares:
         self._alone = np.array([session.alone for session in sessions])
         self.rates = np.zeros(len(sessions))
         self._holds_up = np.full(len(sessions), -1)  # the peer that does, -1 for none
+        self._free = np.ones(len(self._peers))  # of each peer's time
         self._fill()
         waiting = np.maximum(0.0, 1.0 - self.rates * self._alone)
         held = self._holds_up >= 0
         counts = np.bincount(self._holds_up[held], waiting[held], minlength=len(self._peers))
+        use = np.minimum(1.0 - self._free, _FULL)
+        counts += use**2 / (2 * (1 - use))
         self.queues = dict(zip(self._peers, map(float, counts), strict=True))
 
     def _fill(self) -> None:
         """Progressive filling; peers that fill up at almost the same level are taken together."""
-        free, rising = np.ones(len(self._peers)), np.ones(len(self.rates), dtype=bool)
+        free, rising = self._free, np.ones(len(self.rates), dtype=bool)
         while rising.any():
             on_hops = rising[self._session]
             wanted = np.bincount(self._peer[on_hops], self._seconds[on_hops], minlength=len(free))

@@ -1,0 +1,70 @@
+"""The way from a session here to one other peer: in order, at once where the way is free, dialled again if it broke."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from swarm.errors import Internal, RemoteError, ShoalError
+from swarm.frames import Buffer
+from swarm.rpc import Link, Rpc
+from swarm.types import Address, PeerId
+from swarm.wire import Endpoint, Message
+
+log = logging.getLogger(__name__)
+
+Failed = Callable[[RemoteError], None]
+
+
+class Outlet:
+    """Sends one session's messages to one peer.
+
+    Args:
+        endpoint: where to dial again; None for a client, who dials us.
+    """
+
+    def __init__(self, rpc: Rpc, link: Link, endpoint: Endpoint | None = None) -> None:
+        self.link = link
+        self.endpoint = endpoint
+        self._rpc = rpc
+        self._waiting: deque[tuple[Message, Sequence[Buffer], Failed]] = deque()
+
+    @classmethod
+    async def open(cls, rpc: Rpc, endpoint: Endpoint) -> Outlet:
+        """Dial. Raises `Unreachable` or `WrongKey`."""
+        return cls(rpc, await _dial(rpc, endpoint), endpoint)
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is there."""
+        return self.link.peer
+
+    def send(self, message: Message, body: Sequence[Buffer], failed: Failed) -> None:
+        """At once, or in the background after what waits already; `failed` is told if it cannot be sent."""
+        if not self._waiting and self.link.error is None and self.link.try_notify(message, body):
+            return
+        self._waiting.append((message, body, failed))
+        if len(self._waiting) == 1:
+            self._rpc.spawn(self._flush())
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            message, body, failed = self._waiting[0]
+            try:
+                if self.link.error is not None and self.endpoint is not None:
+                    self.link = await _dial(self._rpc, self.endpoint)
+                await self.link.notify(message, body)
+            except ShoalError as error:
+                log.info("cannot send to=%s error=%r", self.peer[-6:], str(error))
+                failed(error if isinstance(error, RemoteError) else Internal(str(error), self.peer))
+            finally:
+                self._waiting.popleft()
+
+    def __len__(self) -> int:
+        """How many messages wait for the way to be free."""
+        return len(self._waiting)
+
+
+async def _dial(rpc: Rpc, endpoint: Endpoint) -> Link:
+    return await rpc.connect(PeerId(endpoint.peer), [Address(*pair) for pair in endpoint.addresses])
