@@ -223,6 +223,16 @@ class Node:
             self._offer.span, self._offer.state, len(self.leases), tokens, self.leases.used, self.leases.capacity, peers
         )
 
+    async def drain(self, timeout: float) -> bool:
+        """Take no new sessions and have others take over the live ones; whether all were within `timeout` seconds."""
+        if self.server is None or not self.server.sessions:
+            return True
+        try:
+            await self._publish(state=State.DRAINING)
+        except ShoalError as error:  # who does not see it is told when it asks
+            log.warning("leaving unannounced error=%r", str(error))
+        return await self.server.drain(timeout)
+
     async def close(self) -> None:
         """Withdraw the offer and end everything, within two seconds."""
         if self._keeper is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,61 @@ def test_an_answer_that_cannot_go_on_carries_what_there_is(folder: Path, whole: 
             generate(model, {4: killing(swarm, model, 1)})
         assert caught.value.generated is not None
         assert caught.value.generated.tolist()[0] == generate(whole)[0][: PROMPT.shape[1] + 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_standby_takes_over(folder: Path, whole: Any, swarm: Swarm, options: dict[str, Any]) -> None:
+    for blocks in ("0:2", "2:4", "4:6", "0:2", "2:4", "4:6"):
+        swarm.serve(folder, blocks)
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address], wait=10, standby=1) as model:
+
+        def wait_for_spares() -> None:
+            session = live_caches(model)[-1]
+            swarm.background.run(until(lambda: all(place.spares for place in session._live.places)))
+
+        actions = {2: wait_for_spares, 4: killing(swarm, model, 0), 6: killing(swarm, model, 1)}
+        assert generate(model, actions, **options) == generate(whole, **options)
+        assert len(swarm.nodes) == 4
+
+
+def test_a_peer_that_leaves_is_replaced_before_it_goes(folder: Path, whole: Any, swarm: Swarm) -> None:
+    for blocks in ("0:2", "2:4", "4:6", "0:2", "2:4", "4:6"):
+        swarm.serve(folder, blocks)
+    drained: list[bool] = []
+    leaving: list[threading.Thread] = []
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address], wait=10) as model:
+
+        def leave() -> None:
+            session = live_caches(model)[-1]
+            for hop in session.route.hops:
+                node = next(node for node in swarm.nodes if node.identity.peer == hop.peer)
+                thread = threading.Thread(target=lambda node=node: drained.append(swarm.background.run(node.drain(20))))
+                thread.start()
+                leaving.append(thread)
+
+        assert generate(model, {3: leave}) == generate(whole)
+        for thread in leaving:
+            thread.join()
+        assert drained == [True, True, True]
+        assert model.network.sessions.avoidance.avoided(0.0) == set()  # nobody is blamed
+
+
+def test_an_idle_session_is_handed_over(folder: Path, whole: Any, swarm: Swarm) -> None:
+    for blocks in ("0:3", "3:6", "3:6"):
+        swarm.serve(folder, blocks)
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address], wait=10) as model:
+        cache = model(PROMPT).past_key_values
+        node = host_of(swarm, model, cache, 1)
+        assert swarm.background.run(node.drain(20))
+        swarm.stop(node)
+        onward = model(torch.tensor([[9]]), past_key_values=cache).logits[:, -1]
+        with torch.no_grad():
+            expected = whole(torch.cat([PROMPT, torch.tensor([[9]])], dim=1)).logits[:, -1]
+        assert torch.allclose(onward, expected, atol=1e-5)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what no event tells of."""
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
