@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from processes import Failed, LocalSwarm, terminated_like_interrupted
 from rich.console import Console
+from rich.markup import escape
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ShoalError
@@ -24,6 +25,7 @@ QUESTIONS = (
 )
 SPANS = ("0:10", "10:20", "20:30", "10:20")
 MAX_NEW_TOKENS = 64
+KILL_IN, KILL_AFTER = 1, 12  # the question in whose answer the middle peer is killed, and after how many words
 
 console = Console(highlight=False)
 
@@ -32,7 +34,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was measured.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer, at most.")] = MAX_NEW_TOKENS,
 ) -> None:
-    """Start a swarm of four peers on this machine, ask it three questions and check every answer."""
+    """Start four peers on this machine, ask them three questions, kill one in mid-answer, and check every answer."""
     try:
         with terminated_like_interrupted():
             results = _run(max_new_tokens)
@@ -63,7 +65,7 @@ def _run(max_new_tokens: int) -> dict[str, Any]:
         offers = local.wait_online(checkpoint.model_id, checkpoint.config().num_hidden_layers, len(SPANS))
         ready = time.perf_counter() - started
         console.print(f"online   every block after {ready:.1f} s, at {len(offers)} peers\n")
-        answers = _ask(folder, local.address, whole, tokenizer, max_new_tokens)
+        answers = _ask(folder, local, whole, tokenizer, max_new_tokens)
     return {"machine": platform.platform(), "model": checkpoint.model_id, "online_seconds": ready, "answers": answers}
 
 
@@ -77,38 +79,56 @@ def _whole_model(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(str(folder))
 
 
-def _ask(folder: Path, address: str, whole: Any, tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
+def _ask(folder: Path, local: LocalSwarm, whole: Any, tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
     from swarm.client import SwarmModelForCausalLM
     from swarm.conversation import Conversation
 
-    answers = []
-    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[address]) as model:
-        conversation = Conversation(model, tokenizer)
-        for question in QUESTIONS:
-            console.print(f"[bold]> {question}[/]")
-            prompt = conversation.encode(question)
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-            answer = conversation.answer(prompt, lambda text: console.print(text, end="", soft_wrap=True), **options)
-            equal = answer.tokens == _alone(whole, prompt, options)
-            mark = "[green]equal to the whole model's[/]" if equal else "[bold red]NOT the whole model's[/]"
-            console.print(f"\n[dim]route    {answer.route.replace('[', chr(92) + '[')}[/]")
-            console.print(
-                f"[dim]speed    {answer.tokens_per_second:.1f} tokens/s, first after {answer.first_seconds:.2f} s[/]"
-            )
-            console.print(f"[dim]tokens   {len(answer.tokens)},[/] {mark}\n")
-            answers.append(
-                {
-                    "question": question,
-                    "answer": answer.text,
-                    "route": answer.route,
-                    "tokens": len(answer.tokens),
-                    "tokens_per_second": answer.tokens_per_second,
-                    "first_token_seconds": answer.first_seconds,
-                    "equal": equal,
-                }
-            )
-        conversation.forget()
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[local.address]) as model:
+        asker = _Asker(local, Conversation(model, tokenizer), whole, max_new_tokens)
+        answers = [asker.ask(question, kill=number == KILL_IN) for number, question in enumerate(QUESTIONS)]
+        asker.conversation.forget()
     return answers
+
+
+class _Asker:
+    """Asks the swarm and the whole model the same, and holds their answers side by side."""
+
+    def __init__(self, local: LocalSwarm, conversation: Any, whole: Any, max_new_tokens: int) -> None:
+        self.local = local
+        self.conversation = conversation
+        self.whole = whole
+        self.options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        self.pieces = 0
+
+    def ask(self, question: str, kill: bool) -> dict[str, Any]:
+        console.print(f"[bold]> {question}[/]")
+        self.pieces = 0
+        prompt = self.conversation.encode(question)
+        answer = self.conversation.answer(prompt, lambda text: self._show(text, kill), **self.options)
+        equal = answer.tokens == _alone(self.whole, prompt, self.options)
+        mark = "[green]equal to the whole model's[/]" if equal else "[bold red]NOT the whole model's[/]"
+        speed = f"{answer.tokens_per_second:.1f} tokens/s, first after {answer.first_seconds:.2f} s"
+        console.print(
+            f"\n[dim]route    {escape(answer.route)}\nspeed    {speed}\ntokens   {len(answer.tokens)},[/] {mark}\n"
+        )
+        return {
+            "question": question,
+            "answer": answer.text,
+            "route": answer.route,
+            "killed_a_peer": kill,
+            "tokens": len(answer.tokens),
+            "tokens_per_second": answer.tokens_per_second,
+            "first_token_seconds": answer.first_seconds,
+            "equal": equal,
+        }
+
+    def _show(self, text: str, kill: bool) -> None:
+        console.print(escape(text), end="", soft_wrap=True)
+        self.pieces += 1
+        if kill and self.pieces == KILL_AFTER:
+            victim = self.conversation.route.hops[1]
+            next(peer for peer in self.local.peers if peer.peer == victim.peer).kill()
+            console.print(f"[bold red] \\[{victim.peer[-6:]} killed] [/]", end="")
 
 
 def _alone(whole: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
@@ -121,4 +141,6 @@ def _alone(whole: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -90,6 +90,11 @@ class PeerProcess:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
 
+    def kill(self) -> None:
+        """End it with SIGKILL, as a power cut would, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it and everything it started; its exit code. A second call does nothing."""
         if self._log_handle.closed:

@@ -12,6 +12,7 @@ import torch
 from swarm.client import SwarmCache, context_of
 from swarm.errors import UsageError
 from swarm.hub import resolve
+from swarm.types import Route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,11 @@ class Conversation:
         if limit and len(ids) >= limit:
             raise UsageError(f"the prompt has {len(ids)} tokens; the model's context is {limit} with the answer")
         return list(ids)
+
+    @property
+    def route(self) -> Route | None:
+        """The peers that hold the talk at this moment, None while there is none."""
+        return None if self._cache is None else self._cache.route
 
     def answer(self, prompt: list[int], on_text: Callable[[str], None] | None = None, **generation: Any) -> Answer:
         """Generate after `prompt`, telling `on_text` each piece as it comes. `generation` goes to `generate()`.

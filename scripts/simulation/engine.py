@@ -75,7 +75,9 @@ class Simulation:
             when = chance.uniform(settings.warm_up, settings.end)
             self._after(when, partial(self._ask, hosting))
         for number in range(settings.loads):
-            self._after(settings.warm_up + settings.measured * (number + 1) / settings.loads, partial(self._load, hosting))
+            self._after(
+                settings.warm_up + settings.measured * (number + 1) / settings.loads, partial(self._load, hosting)
+            )
 
     # --- coming and going -----------------------------------------------------------------------------------------
 

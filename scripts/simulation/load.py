@@ -24,10 +24,11 @@ from swarm.errors import NoRoute
 from swarm.routing import Vector
 from swarm.types import Route
 
-CROWD = 4.0  # how many times more sessions than would fill the swarm if none had to wait for another
+CROWD = 5.0  # how many times more sessions than would fill the swarm if none had to wait for another
 CLIENTS = 200  # places that they come from
-ROUNDS = 20  # in which sessions come while the offers stay as they are
-RENEWALS = 2  # how often all sessions have ended and others come, after the swarm is full
+ROUNDS = 40  # renewals of the offers in the time that a session lasts: every 10 s of 400 s, say
+LIFETIMES = 2  # of sessions, until what is seen counts
+MOST = 8000  # sessions that are routed one by one; where there are more, each stands for several
 _UNITS = 1_000_000  # of flow that the strongest block has, at least: flows are whole numbers
 _PRECISION = 1e-3
 _FULL = 0.95  # use of a peer's time, above which what waits is counted by Little's law alone
@@ -60,14 +61,16 @@ def saturate(hosting: Hosting, chance: random.Random) -> Load:
     published = dict(hosting.directory.offers)
     sessions = _routes(hosting, clients, 100, chance)
     alone = sum(session.alone for session in sessions) / max(1, len(sessions))
-    count = max(1, round(CROWD * placed * alone / ROUNDS))  # in a round
+    crowd = CROWD * placed * alone
+    weight = max(1.0, crowd / MOST)
+    count = max(1, round(crowd / weight / ROUNDS))  # in a round
     sessions = []
-    for turn in range(ROUNDS * (1 + RENEWALS)):
+    for turn in range(ROUNDS * LIFETIMES):
         if turn >= ROUNDS:
             sessions = chance.sample(sessions, max(0, len(sessions) - count))
         sessions += _routes(hosting, clients, count, chance)
-        _publish_queues(hosting, _Shares(hosting, sessions))
-    achieved = float(_Shares(hosting, sessions).rates.sum())
+        _publish_queues(hosting, _Shares(hosting, sessions, weight))
+    achieved = weight * float(_Shares(hosting, sessions, weight).rates.sum())
     hosting.directory.offers = published
     hosting.directory.forget()
     return Load(achieved, placed, possible)
@@ -96,19 +99,20 @@ class _Shares:
             Besides, steps come at random: as many wait as in a queue with equal service times (M/D/1).
     """
 
-    def __init__(self, hosting: Hosting, sessions: list[_Session]) -> None:
+    def __init__(self, hosting: Hosting, sessions: list[_Session], weight: float = 1.0) -> None:
         self._peers = {name: index for index, name in enumerate(hosting.peers)}
         hops = [(number, hop) for number, session in enumerate(sessions) for hop in session.route]
         self._session = np.array([number for number, _ in hops])
         self._peer = np.array([self._peers[hop.peer] for _, hop in hops])
         pace = {name: peer.machine.seconds_per_block for name, peer in hosting.peers.items()}
-        self._seconds = np.array([pace[hop.peer] * len(hop.span) for _, hop in hops])  # of a token, [hops]
+        # What a token takes there, of all the sessions that one stands for, [hops].
+        self._seconds = weight * np.array([pace[hop.peer] * len(hop.span) for _, hop in hops])
         self._alone = np.array([session.alone for session in sessions])
         self.rates = np.zeros(len(sessions))
         self._holds_up = np.full(len(sessions), -1)  # the peer that does, -1 for none
         self._free = np.ones(len(self._peers))  # of each peer's time
         self._fill()
-        waiting = np.maximum(0.0, 1.0 - self.rates * self._alone)
+        waiting = weight * np.maximum(0.0, 1.0 - self.rates * self._alone)
         held = self._holds_up >= 0
         counts = np.bincount(self._holds_up[held], waiting[held], minlength=len(self._peers))
         use = np.minimum(1.0 - self._free, _FULL)
@@ -133,9 +137,7 @@ class _Shares:
             held[self._session[full]] = True
             self._settle(held, levels[self._holds_up[held]], free, rising)
 
-    def _settle(
-        self, which: npt.NDArray[np.bool_], rates: Vector, free: Vector, rising: npt.NDArray[np.bool_]
-    ) -> None:
+    def _settle(self, which: npt.NDArray[np.bool_], rates: Vector, free: Vector, rising: npt.NDArray[np.bool_]) -> None:
         """Give sessions their final rates."""
         self.rates[which] = rates
         rising[which] = False
