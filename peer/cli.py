@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 import swarm
 from peer.config import BootstrapSettings, ServeSettings, load
-from swarm.errors import RemoteError, UsageError
+from swarm.errors import UsageError
 from swarm.terminal import (
     ProgressBars,
     addresses_in,
@@ -125,6 +125,10 @@ def serve(
         float | None,
         typer.Option(metavar="S", help="How long to keep the cache of a client that is not heard of. Default 30."),
     ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long to wait, when leaving, for others to take over. Default 30."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
     ] = None,
@@ -144,6 +148,7 @@ def serve(
         "dtype": dtype,
         "cache_tokens": cache_tokens,
         "lease_seconds": lease_seconds,
+        "drain_timeout": drain_timeout,
         "threads": threads,
     }
     set_up_logging(verbose)
@@ -188,6 +193,9 @@ async def _serve(settings: ServeSettings, stop: asyncio.Event) -> None:
         assert node.discovery is not None
         _print_invitation(node.discovery.addresses, _command_of(settings.model), bool(settings.initial_peers))
         await unless_stopped(_show_status(node), stop)
+        if node.leases.used:
+            console.print("leaving: others take over the sessions; Ctrl-C once more to go at once")
+            await node.drain(settings.drain_timeout)
     finally:
         bars.stop()
         await node.close()
@@ -213,12 +221,11 @@ async def _show_status(node: Node) -> None:
     meter = _Meter()
     with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext() as live:
         while True:
-            with suppress(RemoteError):  # the DHT is being restarted: the last line stays
-                line = _status_line(await node.status(), meter)
-                if live is None:
-                    console.print(line, soft_wrap=True)
-                else:
-                    live.update(Text(line, style="cyan", no_wrap=True, overflow="ellipsis"), refresh=True)
+            line = _status_line(node.status(), meter)
+            if live is None:
+                console.print(line, soft_wrap=True)
+            else:
+                live.update(Text(line, style="cyan", no_wrap=True, overflow="ellipsis"), refresh=True)
             await asyncio.sleep(LOG_SECONDS if live is None else STATUS_SECONDS)
 
 

@@ -75,6 +75,7 @@ class ServeSettings(_Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
+    drain_timeout: Annotated[float, Field(ge=0.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("blocks")

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,6 +100,7 @@ class Node:
         self.executor = Executor()
         self._offer: Offer | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._peers = 0  # seen when it was last looked
 
     async def start(self) -> None:
         """Listen, join the swarm, load the span, say so. Raises what stands in the way, with what to do about it."""
@@ -125,7 +126,6 @@ class Node:
         # In the one thread that imports transformers: seen from another, it may be half there.
         blocks = await self.executor.run(lambda: _count_blocks(checkpoint))
         span = await self._choose(model, blocks)
-        announce = parse_address(self.settings.announce) if self.settings.announce else listening
         settings = self.settings
         return Offer(
             peer=self.identity.peer,
@@ -133,7 +133,7 @@ class Node:
             name=_name_of(settings.model),
             num_blocks=blocks,
             span=span,
-            addresses=(Address(announce.host, announce.port or listening.port),),
+            addresses=self._addresses(listening),
             state=State.JOINING,
             dtype=settings.dtype,
             tokens_per_second=0.0,
@@ -144,6 +144,18 @@ class Node:
             issued=0.0,
             expires=0.0,
         )
+
+    def _addresses(self, listening: Address) -> tuple[Address, ...]:
+        """Where others reach the data plane: as announced, or at every address of this machine if it listens at all."""
+        assert self.discovery is not None
+        if self.settings.announce:
+            announced = parse_address(self.settings.announce)
+            return (Address(announced.host, announced.port or listening.port),)
+        if listening.host not in ("0.0.0.0", "::"):
+            return (listening,)
+        hosts = dict.fromkeys(address.split("/")[2] for address in self.discovery.addresses)
+        near_last = sorted(hosts, key=lambda host: host.startswith("127.") or host == "::1")
+        return tuple(Address(host, listening.port) for host in near_last[:8])
 
     async def _choose(self, model: str, blocks: int) -> Span:
         from swarm.types import ModelId
@@ -201,27 +213,26 @@ class Node:
 
     async def _keep(self) -> None:
         """Let the offer say what is, and end what nobody needs any more."""
+        assert self.server is not None
+        assert self.discovery is not None
         looked = time.monotonic()
         while True:
-            await asyncio.sleep(1.0)
-            assert self.server is not None
             self.server.expire()
-            if time.monotonic() - looked >= RENEW_SECONDS:
-                looked = time.monotonic()
-                try:
+            try:
+                self._peers = await self.discovery.peers_seen()
+                if time.monotonic() - looked >= RENEW_SECONDS:
+                    looked = time.monotonic()
                     await self._publish(cache_free=self.leases.free, sessions=self.server.sessions)
-                except ShoalError as error:
-                    log.warning("offer not renewed error=%r", str(error))
+            except ShoalError as error:
+                log.warning("the swarm does not answer error=%r", str(error))
+            await asyncio.sleep(1.0)
 
-    async def status(self) -> Status:
+    def status(self) -> Status:
         """For a status line."""
         assert self._offer is not None
-        assert self.discovery is not None
+        offer, leases = self._offer, self.leases
         tokens = self.server.tokens if self.server else 0
-        peers = await self.discovery.peers_seen()
-        return Status(
-            self._offer.span, self._offer.state, len(self.leases), tokens, self.leases.used, self.leases.capacity, peers
-        )
+        return Status(offer.span, offer.state, len(leases), tokens, leases.used, leases.capacity, self._peers)
 
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions and have others take over the live ones; whether all were within `timeout` seconds."""
@@ -237,10 +248,12 @@ class Node:
         """Withdraw the offer and end everything, within two seconds."""
         if self._keeper is not None:
             self._keeper.cancel()
-        parts: list[Callable[[], object]] = [self.rpc.close, self.executor.close]
+        parts: list[Callable[[], Awaitable[None]]] = [self.rpc.close, self.executor.close]
         if self.discovery is not None:
             parts.append(self.discovery.close)
-        await asyncio.gather(*(part() for part in parts), return_exceptions=True)  # type: ignore[call-overload]
+        for outcome in await asyncio.gather(*(part() for part in parts), return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.warning("not closed cleanly error=%r", outcome)
 
 
 def _name_of(model: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from swarm.errors import Closed
+from swarm.errors import Closed, ShoalError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -75,9 +78,13 @@ class BackgroundLoop:
         if self._loop.is_closed() or not self._thread.is_alive():
             return
         closers, self._closers = self._closers, []
-        asyncio.run_coroutine_threadsafe(_finish(closers), self._loop).result(timeout=5.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5.0)
+        try:
+            asyncio.run_coroutine_threadsafe(_finish(closers), self._loop).result(timeout=5.0)
+        except TimeoutError:
+            log.warning("not closed in time")
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5.0)
 
 
 def _result(task: asyncio.Task[T]) -> T:
@@ -89,8 +96,11 @@ def _result(task: asyncio.Task[T]) -> T:
 
 async def _finish(closers: list[Callable[[], Coroutine[Any, Any, None]]]) -> None:
     for closer in closers:
-        async with asyncio.timeout(2.0):
-            await closer()
+        try:
+            async with asyncio.timeout(2.0):
+                await closer()
+        except (TimeoutError, ShoalError) as error:  # one that hangs shall not keep the others from closing
+            log.warning("not closed cleanly error=%r", error)
     await _cancel_all()
 
 

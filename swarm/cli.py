@@ -65,6 +65,9 @@ TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample among the likeliest tokens of this total share.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
+StandbyCount = Annotated[
+    int, typer.Option("--standby", min=0, help="Spares that follow at each hop, so that a death there costs nothing.")
+]
 Wait = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks that nobody hosts yet.")
 ]
@@ -105,6 +108,7 @@ def generate(
         bool, typer.Option("--raw", metavar="", help="Continue the text as it is, without the chat template.")
     ] = False,
     wait: Wait = 0.0,
+    standby: StandbyCount = 0,
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
@@ -116,7 +120,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        with _talking_to(model_name, initial_peers, wait) as conversation:
+        with _talking_to(model_name, initial_peers, wait, standby) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), _write, **options)
             _write("\n")
@@ -135,13 +139,14 @@ def chat(
     top_p: TopP = 0.9,
     seed: Seed = None,
     wait: Wait = 0.0,
+    standby: StandbyCount = 0,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
     set_up_logging(verbose)
     with suppress(ImportError):  # there is none for Windows
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
-    with errors_told(), _talking_to(model_name, initial_peers, wait) as conversation:
+    with errors_told(), _talking_to(model_name, initial_peers, wait, standby) as conversation:
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
         messages = list(begin)
@@ -172,7 +177,7 @@ def status(
 
 
 @contextmanager
-def _talking_to(model_name: str, initial_peers: list[str], wait: float) -> Iterator[Conversation]:
+def _talking_to(model_name: str, initial_peers: list[str], wait: float, standby: int) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     bars = ProgressBars()
     try:
@@ -185,7 +190,7 @@ def _talking_to(model_name: str, initial_peers: list[str], wait: float) -> Itera
 
         tokenizer = load_tokenizer(str(folder))
         model: Any = SwarmModelForCausalLM.from_pretrained(
-            folder, initial_peers=initial_peers, wait=wait, on_missing=_tell_missing
+            folder, initial_peers=initial_peers, wait=wait, standby=standby, on_missing=_tell_missing
         )
     finally:
         bars.stop()

@@ -186,7 +186,9 @@ class LiveRoute:
                 self._dismiss(place)
             self.places = []
         if not self.places:
-            route = await self.find(self._blocks, self.shunned, self._trouble)
+            # Where somebody has refused, the swarm is there but full: waiting for another host is not what was asked.
+            since = -math.inf if self._refused else self._trouble
+            route = await self.find(self._blocks, self.shunned, since)
             self.places = [Place(hop) for hop in route]
 
     async def _replace(self, start: int, end: int) -> None:
@@ -361,11 +363,10 @@ class LiveRoute:
         return self._rpc.spawn(work)
 
     def exchange(self, peer: PeerId) -> bool:
-        """Let another take the place of `peer` at the next repair, and do not blame it; False where it has none."""
-        places = [place for place in self.places if place.hop.peer == peer]
+        """Let a spare take the place of `peer` at the next repair, and do not blame it; False where there is none."""
+        places = [place for place in self.places if place.hop.peer == peer and place.spares]
         for place in places:
             place.failed = True
-        self._refused.add(peer)
         return bool(places)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from swarm.types import Coordinate, Hop, Offer, PeerId, Route, Span, State
 HOP_SECONDS = 0.002  # what one more hop costs a token, beside the way and the blocks' own time
 FULL_SECONDS = 10.0  # what no room for the session is taken to cost, so that it is chosen only where it must be
 SPREAD = 0.15  # offers that differ by less are about equally good; clients spread over them
+DOUBT = 0.5  # a queue may have become so much longer or shorter since the offer was made
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -123,16 +124,27 @@ def seconds_per_block(offer: Offer) -> float:
     return (1.0 + offer.sessions) / (max(offer.tokens_per_second, 1e-3) * len(offer.span))
 
 
-def turn_seconds(offer: Offer, tokens_needed: int) -> float:
-    """Until the first block is run: the steps that wait there run their span first, one after another at worst."""
+def turn_seconds(offer: Offer, tokens_needed: int, hearsay: float = 1.0) -> float:
+    """Until the first block is run: the steps that wait there run their span first, one after another at worst.
+
+    `hearsay` is what the queue is multiplied by: it was so long when the offer was made.
+    """
     room = 0.0 if offer.cache_free >= tokens_needed else FULL_SECONDS
-    return HOP_SECONDS + room + offer.queue * seconds_per_block(offer) * len(offer.span)
+    return HOP_SECONDS + room + hearsay * offer.queue * seconds_per_block(offer) * len(offer.span)
 
 
 def work_of(offers: Sequence[Offer], tokens_needed: int = 1, chance: random.Random | None = None) -> Work:
-    """What each offer's own part of a token takes."""
-    favour = [chance.uniform(1.0 - SPREAD, 1.0 + SPREAD) if chance else 1.0 for _ in offers]
-    turn = [turn_seconds(offer, tokens_needed) for offer in offers]
+    """What each offer's own part of a token takes. `chance` lets clients that read the same see it differently.
+
+    Without that, all who come between two renewals of an offer choose the same peer, which was idle a moment ago
+    (Mitzenmacher, "How Useful Is Old Information?", 2000).
+    """
+
+    def near_one(spread: float) -> float:
+        return chance.uniform(1.0 - spread, 1.0 + spread) if chance else 1.0
+
+    favour = [near_one(SPREAD) for _ in offers]
+    turn = [turn_seconds(offer, tokens_needed, near_one(DOUBT)) for offer in offers]
     return Work(np.array(turn), np.array([seconds_per_block(offer) for offer in offers]), np.array(favour))
 
 

@@ -267,6 +267,8 @@ class Session:
                     await self._live.repair(self._history.number + 1, self._history.length, self._history)
                 except RemoteError as error:
                     self._live.blame(error, begun=True)  # the next step sees to it
+                except NoRoute as error:
+                    log.info("not exchanged peer=%s error=%r", peer[-6:], str(error))  # nor can the next step be yet
 
     # --- the end ---------------------------------------------------------------------------------------------------
 

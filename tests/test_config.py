@@ -55,6 +55,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dtype": ("bfloat16", "bfloat16"),
     "cache_tokens": ("4096", 4096),
     "lease_seconds": ("2.5", 2.5),
+    "drain_timeout": ("5", 5.0),
     "threads": ("3", 3),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -112,6 +113,6 @@ def true_seconds(hosting: Hosting, client: Client, route: Route) -> float:
     """What a token takes on `route` while nobody else is there."""
     machines = [hosting.peers[hop.peer].machine for hop in route]
     places = [client.place, *(machine.place for machine in machines), client.place]
-    way = sum(round_trip(a, b) / 2 for a, b in zip(places, places[1:], strict=False))
+    way = sum(round_trip(a, b) / 2 for a, b in itertools.pairwise(places))
     work = sum(machine.seconds_per_block * len(hop.span) for machine, hop in zip(machines, route, strict=True))
     return way + work + HOP_SECONDS * len(route)

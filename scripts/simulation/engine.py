@@ -108,8 +108,9 @@ class Simulation:
         if self._is_gone(hosting, peer) or peer.leaving:
             return
         first = peer.coordinate.error >= 1.0
+        others = list(hosting.peers.values())
         for _ in range(FIRST_SAMPLES if first else 0):
-            self._time_a_call(hosting, peer)
+            self._time_a_call(peer, self._chance.choice(others))
         self._pass_time(hosting)
         hosting.become(peer, State.ONLINE, peer.offer.span)
         peer.since = self.now
@@ -170,21 +171,16 @@ class Simulation:
 
     def _tick(self, hosting: Hosting) -> None:
         """Every peer times a call, and renews its offer."""
-        for peer in hosting.online:
-            self._time_a_call(hosting, peer)
+        online = hosting.online
+        for peer in online:
+            self._time_a_call(peer, self._chance.choice(online))
             hosting.become(peer, State.ONLINE, peer.offer.span)
         self._after(TICK, partial(self._tick, hosting))
 
-    def _time_a_call(self, hosting: Hosting, peer: Peer) -> None:
-        offers = hosting.directory.offers
-        other = hosting.peers.get(self._chance.choice(self._names(hosting)))
-        if other is None or other is peer or other.machine.peer not in offers:
-            return
-        rtt = measured(peer.machine.place, other.machine.place, self._chance)
-        peer.coordinate = update(peer.coordinate, other.coordinate, rtt, self._chance)
-
-    def _names(self, hosting: Hosting) -> list[str]:
-        return list(hosting.peers)
+    def _time_a_call(self, peer: Peer, other: Peer) -> None:
+        if other is not peer:
+            rtt = measured(peer.machine.place, other.machine.place, self._chance)
+            peer.coordinate = update(peer.coordinate, other.coordinate, rtt, self._chance)
 
     # --- being looked at ------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Settings:
     warm_up: float = 3600.0
     measured: float = 3 * 3600.0
     clients: int = 200  # for each model, in the time that is measured
-    loads: int = 3  # how often the swarm is loaded to its limit
+    loads: int = 1  # how often each model is crowded
     seed: int = 0
     policy: Policy = field(default_factory=Policy)
 
