@@ -197,7 +197,7 @@ def decide(
         return Stay(f"it came only {stayed:.0f} s ago")
     if not urgent and (reason := _not_worth_it(others, mine.span, target, speed, policy.margin)):
         return Stay(reason)
-    if held := _held(seen, mine, target, policy.urgent_keepers if urgent else policy.keepers):
+    if held := _held(seen, mine, policy.urgent_keepers if urgent else policy.keepers):
         return Stay(f"blocks {held[0]}.. need it")
     if chance.random() >= policy.chance:
         return Stay(f"{target} is left to others this time")
@@ -215,17 +215,14 @@ def _not_worth_it(others: Sequence[float], here: Span, there: Span, speed: float
     return "" if then > (1 + margin) * now else f"{there} is worth no more than {then / now - 1:+.0%}"
 
 
-def _held(seen: Survey, mine: Offer, target: Span, keepers: int) -> list[int]:
+def _held(seen: Survey, mine: Offer, keepers: int) -> list[int]:
     """The blocks that its host may not leave: those of which it is one of the first online hosts.
 
     The order of hosts is the same for all, so of the hosts that decide at the same moment, from the same offers, the
-    first ones stay: however many move, `keepers` hosts of every block remain.
+    first ones stay: however many move, `keepers` hosts of every block remain. Blocks that a move would come back to
+    count as well: they are not served between the drain and the new start.
     """
-    return [
-        block
-        for block in mine.span
-        if block not in target and (mine.peer in (row := seen.keepers[block])[:keepers] or len(row) < keepers)
-    ]
+    return [block for block in mine.span if mine.peer in (row := seen.keepers[block])[:keepers] or len(row) < keepers]
 
 
 def pauses(policy: Policy, chance: random.Random) -> float:

@@ -38,8 +38,8 @@ kind). A block takes 2 ms (median; log-normal, sigma 0.6); 4 to 32 blocks fit a 
 without a word; their offers stay for 50 s. Offers are read up to 30 s old.
 
 [bold]The figures[/]  The share of the time in which every block has a peer online; what clients that crowd the swarm
-get of the maximum flow through its peers, and that of what any placement of them allows; the time per token, with nobody
-else there, against the best route over all peers by true latencies; moves for each peer and hour; offers that a
+get of the maximum flow through its peers, and that of what any placement of them allows; the time per token, with
+nobody else there, against the best route over all peers by true latencies; moves for each peer and hour; offers that a
 client reads. All after the warm-up, in which the first peers come.
 
 Exits with 1 where a figure is not what it must be, 130 where it is interrupted. The same seed gives the same run.

@@ -72,11 +72,12 @@ def _moved(
 ) -> Coordinate:
     """`mine` pushed by `force` seconds away from `theirs`: along the vector and, in proportion, up (section 5.4).
 
-    Where both are in one place, there is no proportion, and they have to be parted first.
+    Where both are in one place, there is no proportion: they are parted if they are to be farther from each other,
+    else only their last miles can be shorter.
     """
     apart = math.dist(mine.vector, theirs.vector)
     heights = mine.height + theirs.height
-    up = force * heights / (apart + heights) if apart > _SAME_PLACE else 0.0
+    up = force * heights / (apart + heights) if apart > _SAME_PLACE else min(force, 0.0)
     height = min(max(mine.height + up, MIN_HEIGHT), FARTHEST)
     x, y, z = (
         place + (force - up) * axis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.placement import Move, Policy, Stay, Survey, choose_span, decide, pauses, survey
+from swarm.sampling import lot
 from swarm.types import ModelId, Offer, PeerId, Span, State
 
 BLOCKS = 12
@@ -30,7 +32,7 @@ def swarms(draw: st.DrawFn) -> list[Offer]:
     return [an_offer(f"p{i}", *span, speed, state) for i, (span, speed, state) in enumerate(drawn)]
 
 
-def online_hosts(offers: list[Offer], leaving: set[PeerId] = frozenset()) -> list[int]:  # type: ignore[assignment]
+def online_hosts(offers: list[Offer], leaving: Collection[PeerId] = ()) -> list[int]:
     online = [offer for offer in offers if offer.state is State.ONLINE and offer.peer not in leaving]
     return [sum(block in offer.span for offer in online) for block in range(BLOCKS)]
 
@@ -98,12 +100,13 @@ def settle(offers: list[Offer], policy: Policy, looks: int, chance: random.Rando
 
 @pytest.mark.parametrize("seed", range(10))
 def test_two_that_decide_at_once_do_not_run_after_each_other(seed: int) -> None:
-    offers = [an_offer(f"fixed{i}", start, start + 6, 1.0) for i, start in enumerate((0, 0, 6, 6))]
-    offers += [an_offer("a", 0, 6, 10.0), an_offer("b", 0, 6, 10.0)]
+    names = sorted("abcdef", key=lambda name: lot(PeerId(name)))  # the first ones keep the blocks
+    offers = [an_offer(name, start, start + 6, 1.0) for name, start in zip(names, (0, 0, 6, 6), strict=False)]
+    offers += [an_offer(name, 0, 6, 10.0) for name in names[4:]]
     moves = settle(offers, Policy(), 60, random.Random(seed))
     assert 1 <= sum(moves) <= 5
     assert sum(moves[30:]) == 0
-    assert {offer.span for offer in offers if offer.peer in "ab"} == {Span(0, 6), Span(6, 12)}
+    assert {offer.span for offer in offers[4:]} == {Span(0, 6), Span(6, 12)}
 
 
 @settings(deadline=None)
