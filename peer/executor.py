@@ -1,8 +1,13 @@
-"""The one compute thread, and the only bridge between asyncio and torch."""
+"""The one compute thread, and the only bridge between asyncio and torch.
+
+Work that takes less time than two hand-overs between threads runs where it comes from, in the loop, as long as the
+compute thread has nothing to do: there is never more than one piece of work at a time.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -10,6 +15,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+INLINE_SECONDS = 0.0  # work that takes less is not worth the hand-over
 
 Done = Callable[[Any, "BaseException | None"], None]
 
@@ -22,10 +29,18 @@ class Executor:
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
+        self._given = self._done = 0  # pieces of work; the loop counts the first, the thread the second
         self.busy = 0.0  # seconds of work done so far
 
-    def submit(self, work: Callable[[], Any], done: Done) -> None:
-        """Run `work()` in the compute thread, then `done(result, error)` in the loop."""
+    def submit(self, work: Callable[[], Any], done: Done, expected: float = math.inf) -> None:
+        """Run `work()` after all that was given before, then `done(result, error)` in the loop.
+
+        `expected` is how many seconds it will take, as far as that is known.
+        """
+        if expected < INLINE_SECONDS and self._given == self._done:
+            done(*self._run(work))
+            return
+        self._given += 1
         self._queue.put((work, done))
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -46,19 +61,22 @@ class Executor:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             work, done = item
-            started = time.perf_counter()
-            result: Any = None
-            failure: BaseException | None = None
-            try:
-                result = work()
-            except Exception as error:  # noqa: BLE001 (whoever gave the work is told, whatever it is)
-                failure = error
-            self.busy += time.perf_counter() - started
+            result, failure = self._run(work)
+            self._done += 1
             try:
                 self._loop.call_soon_threadsafe(done, result, failure)
             except RuntimeError:  # the loop was closed: nobody is left to tell
                 return
             del item, work, done, result, failure  # or the last step's tensors live until the next
+
+    def _run(self, work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        started = time.perf_counter()
+        try:
+            return work(), None
+        except Exception as error:  # noqa: BLE001 (whoever gave the work is told, whatever it is)
+            return None, error
+        finally:
+            self.busy += time.perf_counter() - started
 
     async def close(self) -> None:
         """Let the work under way end, drop the rest, and wait for the thread; at most a second."""

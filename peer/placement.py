@@ -78,7 +78,7 @@ class Stay:
 def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey:
     """Count what is there. O(offers x blocks of a span)."""
     changes = [0.0] * (num_blocks + 1)
-    staying: list[list[tuple[bytes, PeerId]]] = [[] for _ in range(num_blocks)]
+    staying: list[list[tuple[int, PeerId]]] = [[] for _ in range(num_blocks)]
     counted: dict[PeerId, tuple[Span, float]] = {}
     for offer in offers:
         if offer.state is State.DRAINING:
@@ -94,7 +94,7 @@ def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey
     return Survey(tuple(strength), tuple(tuple(peer for _, peer in row) for row in staying), counted)
 
 
-def _add_keeper(staying: list[list[tuple[bytes, PeerId]]], offer: Offer, keepers: int) -> None:
+def _add_keeper(staying: list[list[tuple[int, PeerId]]], offer: Offer, keepers: int) -> None:
     rank = (lot(offer.peer), offer.peer)
     for block in offer.span:
         row = staying[block]

@@ -202,6 +202,7 @@ class Server:
         self._executor.submit(
             lambda: self._stage.run(session.state, step),
             lambda output, error: self._ran(session, link, message, step, output, error),
+            self._stage.expected_seconds(step),
         )
 
     def _check_room(self, session: ServedSession, message: wire.Step) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,7 @@ class Stage:
     def __init__(self, model: StageModel) -> None:
         self.model = model
         self.span = model.span
+        self._decode_seconds = math.inf  # of one position of one row, of late
 
     def open(self, span: Span, batch: int, max_length: int) -> SessionState:
         """An empty session over `span`, which may be a part of this stage's."""
@@ -64,6 +67,7 @@ class Stage:
             BeyondCache: it leaves a gap before it, or does not fit into the lease.
             BadTensor: a wrong shape or dtype, or values that are not finite. The session is as it was.
         """
+        started = time.perf_counter()
         self._check(state, step)
         self._rewind(state, step)
         mask = self._extended_mask(state, step)
@@ -81,7 +85,15 @@ class Stage:
         state.mask = mask
         state.length = step.position + step.hidden.shape[1]
         state.number = step.number
+        if step.hidden.shape[:2] == (1, 1):
+            seconds = time.perf_counter() - started
+            known = self._decode_seconds < math.inf
+            self._decode_seconds = 0.9 * self._decode_seconds + 0.1 * seconds if known else seconds
         return output
+
+    def expected_seconds(self, step: StepInput) -> float:
+        """How long `run` will take, going by what it took of late; infinite for what is not a single token."""
+        return self._decode_seconds if step.hidden.shape[:2] == (1, 1) else math.inf
 
     def _check(self, state: SessionState, step: StepInput) -> None:
         hidden = step.hidden

@@ -80,10 +80,10 @@ class _Body(msgspec.Struct):
     version: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z.+-]{0,32}\Z")]
     issued: _Time
     expires: _Time
-    coordinate: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None = None
-    seconds_per_block: _Seconds = 0.0
-    prefill_seconds_per_block: _Seconds = 0.0
-    queue: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    seconds_per_block: _Seconds
+    prefill_seconds_per_block: _Seconds
+    queue: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+    place: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None  # the coordinate: its vector, height and error
 
 
 _Shape = TypeVar("_Shape")
@@ -111,12 +111,11 @@ def _shaped(value: object, shape: type[_Shape]) -> _Shape:
 
 
 def _body_of(offer: Offer) -> bytes:
-    fields = {name: getattr(offer, name) for name in _Body.__struct_fields__}
+    fields = {name: getattr(offer, name) for name in _Body.__struct_fields__ if name != "place"}
     fields["span"] = (offer.span.start, offer.span.end)
     fields["addresses"] = [(address.host, address.port) for address in offer.addresses]
     fields["state"] = str(offer.state)
-    if (place := offer.coordinate) is not None:
-        fields["coordinate"] = (*place.vector, place.height, place.error)
+    fields["place"] = (*place.vector, place.height, place.error) if (place := offer.coordinate) else None
     body: bytes = msgpack.packb(fields)
     return body
 
@@ -133,11 +132,13 @@ def _offer_of(peer: PeerId, body: bytes) -> Offer:
     )
     if not possible:
         raise Malformed("values of an offer that contradict each other")
-    fields = msgspec.structs.asdict(value) | {
+    fields = msgspec.structs.asdict(value)
+    place = fields.pop("place")
+    fields |= {
         "model": ModelId(value.model),
         "span": Span(start, end),
         "addresses": tuple(Address(host, port) for host, port in value.addresses),
-        "coordinate": Coordinate(value.coordinate[:3], *value.coordinate[3:]) if value.coordinate else None,
+        "coordinate": Coordinate(place[:3], *place[3:]) if place else None,
     }
     return Offer(peer=peer, **fields)
 

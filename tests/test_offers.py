@@ -250,6 +250,7 @@ def test_an_offer_lies_in_every_bucket_that_it_touches_and_in_the_index() -> Non
         (b"elsewhere", ME.peer),
         (b"elsewhere", None),
     ],
+    ids=[f"case{number}" for number in range(9)],  # the keys are other ones in every process
 )
 def test_a_record_under_a_foreign_key_is_forged(key: bytes, subkey: object) -> None:
     with pytest.raises(Forged):

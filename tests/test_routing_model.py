@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,18 @@ from swarm.coordinates import distance
 from swarm.errors import NoRoute
 from swarm.explanation import explain
 from swarm.routing import View, find_route, seconds_per_block, turn_seconds, uncovered
-from swarm.sampling import CELLS, DRAWN, FASTEST, WORLD, tables_of, worth_keeping
+from swarm.sampling import (
+    CELLS,
+    DRAWN,
+    FASTEST,
+    LOT_BITS,
+    WORLD,
+    lot,
+    slice_bits,
+    slices_of,
+    tables_of,
+    worth_keeping,
+)
 from swarm.types import Coordinate, Hop, ModelId, Offer, PeerId, Route, Span, State
 
 BLOCKS = 6
@@ -83,7 +95,7 @@ def seconds(hops: Sequence[Hop], offers: Sequence[Offer], source: Coordinate = H
     """A token's time, counted the plain way."""
     known = {offer.peer: offer for offer in offers}
     stops = [source, *(known[hop.peer].coordinate or HERE for hop in hops), sink]
-    ways = sum(distance(a, b) / 2 for a, b in zip(stops, stops[1:], strict=False))
+    ways = sum(distance(a, b) / 2 for a, b in itertools.pairwise(stops))
     return ways + sum(
         turn_seconds(known[hop.peer], 1) + seconds_per_block(known[hop.peer]) * len(hop.span) for hop in hops
     )
@@ -144,7 +156,6 @@ def test_who_is_not_online_serves_nobody(state: State) -> None:
 def test_the_nearer_one_is_chosen_and_a_measurement_counts_more() -> None:
     offers = [an_offer("near", coordinate=HERE), an_offer("far", coordinate=FAR)]
     assert peers_of(find_route(offers, BLOCKS, view=View(HERE))) == ["near"]
-    assert peers_of(find_route(offers, BLOCKS, view=View(HERE, {PeerId("far"): 0.001}))) == ["near"]
     measured = {PeerId("far"): 0.001, PeerId("near"): 0.3}
     assert peers_of(find_route(offers, BLOCKS, view=View(HERE, measured))) == ["far"]
 
@@ -200,7 +211,7 @@ def test_hundreds_of_offers_are_no_matter() -> None:
     assert all(seconds(route.hops, offers) <= seconds(other.hops, offers) + 1e-9 for other in random_routes)
 
 
-# --- why ---------------------------------------------------------------------------------------------------------------
+# --- why -------------------------------------------------------------------------------------------------------------
 
 
 def test_an_explanation_adds_up_and_names_the_next_best() -> None:
@@ -227,7 +238,7 @@ def test_an_explanation_says_where_there_is_nobody_else_and_who_is_busy() -> Non
     assert "busier" in why.choices[1].reason
 
 
-# --- what is read ------------------------------------------------------------------------------------------------------
+# --- what is read ----------------------------------------------------------------------------------------------------
 
 
 def crowd(count: int, seed: int) -> list[Offer]:
@@ -265,3 +276,24 @@ def test_neighbours_share_tables_and_all_share_the_world() -> None:
     assert set(tables_of(a)) & set(tables_of(FAR)) == {WORLD}
     assert len(set(tables_of(a))) == 1 + len(CELLS)
     assert tables_of(None) == (WORLD,)
+
+
+@pytest.mark.parametrize(("count", "bits"), [(20, range(1)), (1000, range(5, 9)), (8000, range(8, 12))])
+def test_a_crowd_is_cut_into_slices_of_bounded_size(count: int, bits: range) -> None:
+    """About `count` hosts of every block: the table itself, which keeps few of them, tells how many they are."""
+    offers = [an_offer(f"p{number}", 0, 4) for number in range(count)]
+    width = slice_bits(worth_keeping(offers, Span(0, 4)), Span(0, 4))
+    assert width in bits
+    sizes = Counter(lot(offer.peer) >> (LOT_BITS - width) for offer in offers)
+    assert max(sizes.values()) <= 12 * (FASTEST + DRAWN)
+
+
+def test_every_peer_is_in_a_slice_that_some_ticket_reads() -> None:
+    peer = PeerId("somebody")
+    names = slices_of(HERE, lambda table: 3, lot(peer))
+    tickets = [number << (LOT_BITS - 3) for number in range(8)]
+    read = [slices_of(HERE, lambda table: 3, ticket) for ticket in tickets]
+    assert sum(names == others for others in read) == 1
+    assert len(names) == 2
+    assert slices_of(HERE, lambda table: 0, lot(peer)) == []
+    assert len(slices_of(None, lambda table: 3, lot(peer))) == 1

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from simulate import app, parse_model
@@ -113,8 +114,6 @@ def test_a_crowd_gets_no_more_than_the_bound_and_most_of_it(monkeypatch: pytest.
 def test_the_oracle_knows_the_true_latencies() -> None:
     chance = random.Random(0)
     places, client = [draw_place(chance) for _ in range(5)], draw_place(chance)
-    import numpy as np
-
     every = np.arange(5)
     true = TrueLatencies(places, client)
     assert true.between(every, every)[1, 3] == pytest.approx(round_trip(places[1], places[3]) / 2)
@@ -139,22 +138,8 @@ def test_a_model_that_cannot_be_is_refused(text: str) -> None:
         parse_model(text)
 
 
-ARGUMENTS = [
-    "--peers",
-    "40",
-    "--hours",
-    "0.1",
-    "--warm-up",
-    "0.3",
-    "--churn",
-    "0",
-    "--clients",
-    "5",
-    "--loads",
-    "0",
-    "--model",
-    "m:8:1",
-]
+WORLD = ["--hours", "0.1", "--warm-up", "0.3", "--loads", "0"]
+ARGUMENTS = [*WORLD, "--peers", "40", "--churn", "0", "--clients", "5", "--model", "m:8:1"]
 
 
 def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
@@ -173,10 +158,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_figure_that_falls_short_is_a_failure() -> None:
-    result = CliRunner().invoke(
-        app,
-        ["--peers", "2", "--hours", "0.1", "--warm-up", "0.3", "--clients", "0", "--loads", "0", "--model", "m:64:1"],
-    )
+    result = CliRunner().invoke(app, [*WORLD, "--peers", "2", "--clients", "0", "--model", "m:64:1"])
     assert result.exit_code == 1
     assert "short" in result.output
 

@@ -13,6 +13,7 @@ from simulation.hosting import Hosting
 from swarm.coordinates import NOWHERE, distance, update
 from swarm.errors import NoRoute
 from swarm.routing import HOP_SECONDS, View, Work, cheapest, find_route
+from swarm.sampling import LOT_BITS
 from swarm.types import Coordinate, Offer, PeerId, Route, Span
 
 FIRST_PINGS = 16  # peers anywhere that a client measures to find its own place, twice each
@@ -37,21 +38,23 @@ class Client:
     place: Place
     coordinate: Coordinate
     measured: dict[PeerId, float]  # round trips in seconds
+    ticket: int  # which slices it reads
 
 
 def settle(hosting: Hosting, chance: random.Random) -> Client:
     """A new client, somewhere: it measures a few peers to know where it is, and the nearest to begin with."""
     place, coordinate = draw_place(chance), NOWHERE
     pinged: dict[PeerId, float] = {}
-    anywhere = hosting.directory.read(None)
+    ticket = chance.getrandbits(LOT_BITS)
+    anywhere = hosting.directory.read(None, ticket)
     chosen = chance.sample(anywhere, min(FIRST_PINGS, len(anywhere)))
     for offer in chosen * 2:
         coordinate = _ping(hosting, place, coordinate, offer, pinged, chance)
-    first = [offer for offer in hosting.directory.read(coordinate) if 0 in offer.span and offer.coordinate]
+    first = [offer for offer in hosting.directory.read(coordinate, ticket) if 0 in offer.span and offer.coordinate]
     first.sort(key=lambda offer: distance(coordinate, offer.coordinate or NOWHERE))
     for offer in first[:NEAR_PINGS]:
         coordinate = _ping(hosting, place, coordinate, offer, pinged, chance)
-    return Client(place, coordinate, pinged)
+    return Client(place, coordinate, pinged, ticket)
 
 
 def _ping(
@@ -68,30 +71,30 @@ def _ping(
 def ask(hosting: Hosting, chance: random.Random) -> Answer | None:
     """Let a client come and find a route. None where there was none, or none is possible."""
     client = settle(hosting, chance)
-    records = hosting.directory.read(client.coordinate)
+    records = hosting.directory.read(client.coordinate, client.ticket)
     best = oracle(hosting, client)
     if best is None:
         return None
-    dead: set[PeerId] = set()
-    while True:
-        try:
-            route = route_of(hosting, client, records, chance, dead)
-        except NoRoute:
-            return None
-        if not (gone := {hop.peer for hop in route} - hosting.peers.keys()):
-            break
-        dead |= gone
+    try:
+        route, dead = living_route(hosting, client, records, chance)
+    except NoRoute:
+        return None
     seconds, known = true_seconds(hosting, client, route), true_seconds(hosting, client, best)
-    return Answer(seconds, known, len(records), len(route), len(dead))
+    return Answer(seconds, known, len(records), len(route), dead)
 
 
-def route_of(
-    hosting: Hosting, client: Client, records: list[Offer], chance: random.Random, avoid: set[PeerId] | None = None
-) -> Route:
-    """What the client chooses from the records that it read."""
+def living_route(hosting: Hosting, client: Client, records: list[Offer], chance: random.Random) -> tuple[Route, int]:
+    """What the client chooses from the records that it read, and how many peers it found dead before.
+
+    Raises `NoRoute`.
+    """
     offers = list({offer.peer: offer for offer in records}.values())
-    view = View(client.coordinate, client.measured)
-    return find_route(offers, hosting.model.num_blocks, avoid=avoid or (), chance=chance, view=view)
+    view, dead = View(client.coordinate, client.measured), set[PeerId]()
+    while True:
+        route = find_route(offers, hosting.model.num_blocks, avoid=dead, chance=chance, view=view)
+        if not (gone := {hop.peer for hop in route} - hosting.peers.keys()):
+            return route, len(dead)
+        dead |= gone
 
 
 def oracle(hosting: Hosting, client: Client) -> Route | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from peer.placement import Survey, survey
 from swarm.offers import BUCKET
-from swarm.sampling import tables_of, worth_keeping
+from swarm.sampling import LOT_BITS, lot, slice_bits, slices_of, tables_of, worth_keeping
 from swarm.types import Coordinate, Offer, PeerId, Span
 
 STALE = 30.0  # seconds; nobody sees newer offers than of the last multiple of this
@@ -23,6 +24,8 @@ class Directory:
         self._survey: Survey | None = None
         self._cells: dict[tuple[int, str], list[Offer]] | None = None
         self._kept: dict[tuple[int, str], list[Offer]] = {}
+        self._widths: dict[tuple[int, str], int] = {}
+        self._sliced: dict[tuple[int, str], dict[int, list[Offer]]] = {}
 
     def refresh(self, now: float) -> None:
         """Forget what was read, where it is old."""
@@ -33,7 +36,8 @@ class Directory:
     def forget(self) -> None:
         """Read anew the next time."""
         self._survey, self._cells = None, None
-        self._kept.clear()
+        for memory in (self._kept, self._widths, self._sliced):
+            memory.clear()
 
     def survey(self) -> Survey:
         """All offers, counted: what a peer looks at that chooses its place."""
@@ -41,13 +45,22 @@ class Directory:
             self._survey = survey(self.offers.values(), self.num_blocks, self._keepers)
         return self._survey
 
-    def read(self, place: Coordinate | None) -> list[Offer]:
+    def read(self, place: Coordinate | None, ticket: int) -> list[Offer]:
         """What a client at `place` reads, one offer for each record: some come more than once."""
-        found = []
+        found: list[Offer] = []
         for bucket in self.buckets(Span(0, self.num_blocks)):
-            for table in tables_of(place):
+            slices = slices_of(place, partial(self._bits, bucket), ticket)
+            for table in (*tables_of(place), *slices):
                 found += self._table(bucket, table)
         return found
+
+    def _bits(self, bucket: int, table: str) -> int:
+        if (bucket, table) not in self._widths:
+            self._widths[bucket, table] = slice_bits(self._table(bucket, table), self._blocks(bucket))
+        return self._widths[bucket, table]
+
+    def _blocks(self, bucket: int) -> Span:
+        return Span(bucket * BUCKET, min((bucket + 1) * BUCKET, self.num_blocks))
 
     def buckets(self, span: Span) -> Iterable[int]:
         """The ranges of blocks that a span touches."""
@@ -55,9 +68,21 @@ class Directory:
 
     def _table(self, bucket: int, table: str) -> list[Offer]:
         if (bucket, table) not in self._kept:
-            blocks = Span(bucket * BUCKET, min((bucket + 1) * BUCKET, self.num_blocks))
-            self._kept[bucket, table] = worth_keeping(self._sorted_out().get((bucket, table), ()), blocks)
+            whole, _, part = table.partition("/")
+            offers = self._sorted_out().get((bucket, whole), [])
+            if part:
+                width, number = map(int, part.split("/"))
+                offers = self._slices(bucket, whole, width).get(number, [])
+            self._kept[bucket, table] = worth_keeping(offers, self._blocks(bucket))
         return self._kept[bucket, table]
+
+    def _slices(self, bucket: int, table: str, width: int) -> dict[int, list[Offer]]:
+        if (bucket, table) not in self._sliced:
+            slices: dict[int, list[Offer]] = {}
+            for offer in self._sorted_out().get((bucket, table), ()):
+                slices.setdefault(lot(offer.peer) >> (LOT_BITS - width), []).append(offer)
+            self._sliced[bucket, table] = slices
+        return self._sliced[bucket, table]
 
     def _sorted_out(self) -> dict[tuple[int, str], list[Offer]]:
         if self._cells is None:

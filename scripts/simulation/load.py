@@ -10,6 +10,7 @@ same peers allows more than the sum of their 1/s, divided by the number of block
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import dataclass, replace
 
@@ -18,17 +19,18 @@ import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from simulation.clients import Client, route_of, settle, true_seconds
+from simulation.clients import Client, living_route, settle, true_seconds
 from simulation.hosting import Hosting, Peer
 from swarm.errors import NoRoute
 from swarm.routing import Vector
+from swarm.sampling import LOT_BITS
 from swarm.types import Route
 
 CROWD = 5.0  # how many times more sessions than would fill the swarm if none had to wait for another
 CLIENTS = 200  # places that they come from
 ROUNDS = 40  # renewals of the offers in the time that a session lasts: every 10 s of 400 s, say
 LIFETIMES = 2  # of sessions, until what is seen counts
-MOST = 8000  # sessions that are routed one by one; where there are more, each stands for several
+MOST = 6000  # sessions that are routed one by one; where there are more, each stands for several
 _UNITS = 1_000_000  # of flow that the strongest block has, at least: flows are whole numbers
 _PRECISION = 1e-3
 _FULL = 0.95  # use of a peer's time, above which what waits is counted by Little's law alone
@@ -80,11 +82,9 @@ def _routes(hosting: Hosting, clients: list[Client], count: int, chance: random.
     sessions = []
     for _ in range(count):
         client = chance.choice(clients)
-        try:
-            route = route_of(hosting, client, hosting.directory.read(client.coordinate), chance)
-        except NoRoute:
-            continue
-        if all(hop.peer in hosting.peers for hop in route):
+        records = hosting.directory.read(client.coordinate, chance.getrandbits(LOT_BITS))
+        with contextlib.suppress(NoRoute):
+            route, _ = living_route(hosting, client, records, chance)
             sessions.append(_Session(route, true_seconds(hosting, client, route)))
     return sessions
 
@@ -116,8 +116,8 @@ class _Shares:
         held = self._holds_up >= 0
         counts = np.bincount(self._holds_up[held], waiting[held], minlength=len(self._peers))
         use = np.minimum(1.0 - self._free, _FULL)
-        counts += use**2 / (2 * (1 - use))
-        self.queues = dict(zip(self._peers, map(float, counts), strict=True))
+        queues = counts + use**2 / (2 * (1 - use))
+        self.queues = dict(zip(self._peers, map(float, queues), strict=True))
 
     def _fill(self) -> None:
         """Progressive filling; peers that fill up at almost the same level are taken together."""
