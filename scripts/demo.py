@@ -72,10 +72,12 @@ def _run(max_new_tokens: int) -> dict[str, Any]:
 def _whole_model(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from swarm.conversation import load_tokenizer
 
     torch.set_num_threads(1)
+    disable_progress_bar()  # its bars would tear ours
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(str(folder))
 
 

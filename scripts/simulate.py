@@ -29,21 +29,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_HELP = """Simulate a swarm: peers of unequal speed, memory and place come, choose blocks, move and die; clients look
-for routes. Placement, routing, coordinates and the sampling of offers are the code that real peers and clients run.
-
-[bold]The world[/]  Machines stand around 42 cities; a round trip is the great circle at 1.5 times its length and
-200,000 km/s, times a factor of each pair (log-normal, sigma 0.1), plus both ends' last mile (0.7 to 12 ms, median by
-kind). A block takes 2 ms (median; log-normal, sigma 0.6); 4 to 32 blocks fit a peer. Half of those who leave, die
-without a word; their offers stay for 50 s. Offers are read up to 30 s old.
-
-[bold]The figures[/]  The share of the time in which every block has a peer online; what clients that crowd the swarm
-get of the maximum flow through its peers, and that of what any placement of them allows; the time per token, with
-nobody else there, against the best route over all peers by true latencies; moves for each peer and hour; offers that a
-client reads. All after the warm-up, in which the first peers come.
-
-Exits with 1 where a figure is not what it must be, 130 where it is interrupted. The same seed gives the same run.
-"""
+_HELP = "\n\n".join(
+    (
+        "Simulate a swarm: peers of unequal speed, memory and place come, choose blocks, move and die; clients "
+        "look for routes. Placement, routing, coordinates and the sampling of offers are the code that real peers "
+        "and clients run.",
+        "[bold]The world[/]  Machines stand around 42 cities; a round trip is the great circle at 1.5 times its "
+        "length and 200,000 km/s, times a factor of each pair (log-normal, sigma 0.1), plus both ends' last mile "
+        "(0.7 to 12 ms, median by kind). A block takes 2 ms (median; log-normal, sigma 0.6); 4 to 32 blocks fit a "
+        "peer. Half of those who leave, die without a word; their offers stay for 50 s. Offers are read up to 30 "
+        "s old.",
+        "[bold]The figures[/]  The share of the time in which every block has a peer online; what clients that "
+        "crowd the swarm get of the maximum flow through its peers, and that of what any placement of them "
+        "allows; the time per token, with nobody else there, against the best route over all peers by true "
+        "latencies; moves for each peer and hour; offers that a client reads. All after the warm-up, in which the "
+        "first peers come.",
+        "Exits with 1 where a figure is not what it must be, 130 where it is interrupted. The same seed gives the "
+        "same run.",
+    )
+)
 
 
 def parse_model(text: str) -> Model:
