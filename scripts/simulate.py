@@ -44,6 +44,9 @@ _HELP = "\n\n".join(
         "allows; the time per token, with nobody else there, against the best route over all peers by true "
         "latencies; moves for each peer and hour; offers that a client reads. All after the warm-up, in which the "
         "first peers come.",
+        "[bold]The crowd[/]  Five times as many sessions as would fill the swarm if none had to wait share its peers' "
+        "time fairly; offers are renewed forty times while a session lasts. Fewer sessions, or offers renewed less "
+        "often, get less of the maximum flow. Beyond 6000 sessions, each stands for several.",
         "Exits with 1 where a figure is not what it must be, 130 where it is interrupted. The same seed gives the "
         "same run.",
     )
