@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import itertools
 import logging
@@ -182,6 +183,7 @@ class Node:
         speed = capacity.tokens_per_second
         await self._publish(state=State.ONLINE, tokens_per_second=speed, cache_tokens=tokens, cache_free=tokens)
         log.info("online blocks=%s dtype=%s tokens_per_second=%.1f cache=%s", offer.span, offer.dtype, speed, tokens)
+        gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
         self._keeper = asyncio.create_task(self._keep())
 
     def _load(self, folder: Path, span: Span) -> tuple[Stage, Capacity]:
