@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 
 from swarm import offers
@@ -90,6 +91,26 @@ def parse_address(text: str) -> Multiaddr:
     return address
 
 
+class _Connector(DaemonConnector):  # type: ignore[misc]  # hivemind has no types
+    """Connections to the daemon, closed with the node: hivemind leaves open those of orders that are given up."""
+
+    def __init__(self, control: str) -> None:
+        super().__init__(Multiaddr(control))
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+
+    async def open_connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await super().open_connection()
+        self._writers.add(writer)
+        return reader, writer
+
+    async def close(self) -> None:
+        """End what is left of them."""
+        left = list(self._writers)
+        for writer in left:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in left), return_exceptions=True)
+
+
 class Node:
     """A DHT node that runs.
 
@@ -103,6 +124,8 @@ class Node:
     def __init__(self, daemon: Daemon, p2p: P2P, dht: DHTNode, client_mode: bool) -> None:
         self.peer = PeerId(p2p.peer_id.to_base58())
         self._daemon, self._p2p, self._dht, self._client_mode = daemon, p2p, dht, client_mode
+        self._connector = _Connector(daemon.control)
+        p2p._client.control.daemon_connector = self._connector
         # hivemind's reader of the daemon's answers: when it ends, every later call would wait for nothing.
         self._tasks = (p2p._client.control._read_task, p2p._client.control._write_task)
         self.gone = asyncio.create_task(asyncio.wait({daemon.gone, *self._tasks}, return_when=asyncio.FIRST_COMPLETED))
@@ -212,7 +235,7 @@ class Node:
 
     def _control(self) -> ControlClient:
         """The daemon's orders, each over a connection of its own."""
-        return ControlClient(DaemonConnector(Multiaddr(self._daemon.control)), _initialized_with_create=True)
+        return ControlClient(self._connector, _initialized_with_create=True)
 
     async def store(self, keys: Sequence[bytes], subkeys: Sequence[str], value: bytes, expires: float) -> set[bytes]:
         """Keep `value` under every key at the nodes nearest to it; the keys where it was taken."""
@@ -257,6 +280,7 @@ class Node:
         self.gone.cancel()
         await self._p2p.shutdown()
         await asyncio.gather(*self._tasks, self.gone, return_exceptions=True)
+        await self._connector.close()
         await self._daemon.stop()
 
     def __repr__(self) -> str:

@@ -435,6 +435,18 @@ def silent_listener() -> socket.socket:
     return listener
 
 
+async def test_orders_that_are_given_up_leave_no_connection(nothing_left: None) -> None:
+    node = await Node.start(Identity.generate())
+    orders = [asyncio.create_task(node.known()), asyncio.create_task(node.addresses())]
+    async with asyncio.timeout(8.0):
+        while not node._connector._writers:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for order in orders:
+        order.cancel()
+    await asyncio.wait(orders)
+    await node.stop()
+
+
 async def test_an_initial_peer_that_says_nothing_is_named_within_ten_seconds() -> None:
     with silent_listener() as listener:
         address = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}/p2p/{Identity.generate().peer}"
