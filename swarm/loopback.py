@@ -1,0 +1,420 @@
+"""The transport in memory: whole swarms in one process, with faults on demand and in virtual time.
+
+What goes wrong follows what TCP does. A killed peer's connections are reset. A stopped process still has its kernel
+take what comes, so nothing is lost and nothing is answered. Between peers that are parted, messages wait as long as
+retransmission lasts, and then the connection is lost. Beyond that, messages can be made to vanish, come twice, overtake
+each other or arrive as nonsense, which no TCP would do, because what is built on it must not depend on that.
+
+On `swarm.virtualtime.VirtualLoop`, the same seed gives the same course, event by event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from swarm import frames
+from swarm.errors import Closed, RemoteError, Unreachable, WrongKey, from_wire, to_wire
+from swarm.frames import Buffer
+from swarm.interfaces import Connection, Receiver
+from swarm.lane import Lane, Message
+from swarm.types import Address, PeerId
+
+HANDSHAKE_SECONDS = 10.0  # a dial may take
+RETRANSMISSION_SECONDS = 20.0  # before a connection is given up over which nothing comes through
+HEAD = 40  # bytes of a message beside its own
+_LATE = 10.0  # latencies that a message which is overtaken may come late
+
+Latency = Callable[[PeerId, PeerId], float]
+Accept = Callable[[Connection], Receiver]
+
+
+@dataclass(slots=True)
+class Nuisance:
+    """How likely it is that a message meets with something."""
+
+    dropped: float = 0.0
+    duplicated: float = 0.0
+    reordered: float = 0.0
+
+
+class LoopbackNetwork:
+    """The ways between peers, and everything that can happen to them.
+
+    Args:
+        seed: of all chance there is in it.
+        latency: one-way seconds from one peer to another.
+        bandwidth: bytes per second of each way.
+    """
+
+    def __init__(self, seed: int = 0, latency: float | Latency = 0.002, bandwidth: float = 1e8) -> None:
+        self.chance = random.Random(seed)
+        self.bandwidth = bandwidth
+        self.nuisance = Nuisance()
+        self._latency: Latency = latency if callable(latency) else lambda sender, receiver: latency
+        self._listeners: dict[Address, LoopbackTransport] = {}
+        self._ports = itertools.count(1)
+        self._transports: list[LoopbackTransport] = []
+        self._slowness: dict[PeerId, float] = {}
+        self._stalled: dict[PeerId, asyncio.Event] = {}
+        self._parted: set[tuple[PeerId, PeerId]] = set()
+        self._corrupt: dict[PeerId, float] = {}
+        self._held: list[Lane] = []  # which found their way closed
+        self._changed = asyncio.Event()  # some way was opened
+        self._trace = hashlib.blake2b(digest_size=16)
+
+    def transport(self, peer: PeerId) -> LoopbackTransport:
+        """A new process of `peer`: what it had before, under the same name, is no more."""
+        self.kill(peer)
+        transport = LoopbackTransport(self, peer)
+        self._transports.append(transport)
+        return transport
+
+    # --- faults ----------------------------------------------------------------------------------------------------
+
+    def kill(self, peer: PeerId) -> None:
+        """End the process of `peer`: its connections are reset, and it can not be dialled."""
+        self.note("kill", peer)
+        for transport in [transport for transport in self._transports if transport.peer == peer]:
+            transport.end()
+        self.resume(peer)
+
+    def stall(self, peer: PeerId) -> None:
+        """Stop the process of `peer`, as SIGSTOP does: the world waits for it, and does not notice."""
+        self.note("stall", peer)
+        self._stalled.setdefault(peer, asyncio.Event())
+
+    def resume(self, peer: PeerId) -> None:
+        """Let it go on, as SIGCONT does: it finds everything that came meanwhile."""
+        if (running := self._stalled.pop(peer, None)) is not None:
+            self.note("resume", peer)
+            running.set()
+            self._stir()
+
+    def slow(self, peer: PeerId, factor: float) -> None:
+        """From now on, `peer` takes `factor` times as long for everything; 1 heals it."""
+        self.note("slow", peer, f"{factor:g}")
+        self._slowness[peer] = factor
+
+    def partition(self, sender: PeerId, receiver: PeerId, *, one_way: bool = False) -> None:
+        """Nothing comes through from one to the other, and nobody is told."""
+        self.note("partition", sender, receiver, f"{one_way}")
+        self._parted |= {(sender, receiver)} if one_way else {(sender, receiver), (receiver, sender)}
+
+    def heal(self, one: PeerId, other: PeerId) -> None:
+        """Let everything through again, both ways; what waited first."""
+        self.note("heal", one, other)
+        self._parted -= {(one, other), (other, one)}
+        self._stir()
+
+    def drop(self, fraction: float) -> None:
+        """Let so many of all messages vanish."""
+        self.nuisance.dropped = fraction
+
+    def duplicate(self, fraction: float) -> None:
+        """Let so many of all messages arrive twice."""
+        self.nuisance.duplicated = fraction
+
+    def reorder(self, fraction: float) -> None:
+        """Let so many of all messages arrive late, after what was sent behind them."""
+        self.nuisance.reordered = fraction
+
+    def corrupt(self, peer: PeerId, fraction: float = 1.0) -> None:
+        """Let so much of what `peer` says arrive as nonsense; 0 heals it."""
+        self.note("corrupt", peer, f"{fraction:g}")
+        self._corrupt[peer] = fraction
+
+    async def passage(self, sender: PeerId, receiver: PeerId) -> None:
+        """What it takes to say a word: the latency, and however long the way is closed."""
+        await asyncio.sleep(self.latency(sender, receiver))
+        while not self.is_open(sender, receiver):
+            await self._changed.wait()
+
+    def hold(self, lane: Lane) -> None:
+        """The way of `lane` is closed: it is told when that may have changed."""
+        self._held.append(lane)
+
+    def _stir(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        held, self._held = self._held, []
+        for lane in held:
+            lane.look()
+
+    # --- how things are --------------------------------------------------------------------------------------------
+
+    def slowness(self, peer: PeerId) -> float:
+        """How many times as long as usual `peer` takes."""
+        return self._slowness.get(peer, 1.0)
+
+    async def running(self, peer: PeerId) -> None:
+        """Wait until `peer` is not stopped."""
+        while (event := self._stalled.get(peer)) is not None:
+            await event.wait()
+
+    def is_open(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Whether what one says reaches the other now."""
+        stopped = sender in self._stalled or receiver in self._stalled
+        return not stopped and not self.is_parted(sender, receiver)
+
+    def is_parted(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Whether it is the way between them where things are held."""
+        return (sender, receiver) in self._parted
+
+    def latency(self, sender: PeerId, receiver: PeerId) -> float:
+        """One-way seconds at this moment."""
+        return self._latency(sender, receiver) * max(self.slowness(sender), self.slowness(receiver))
+
+    def mangled(self, sender: PeerId, message: Message) -> Message:
+        """What becomes of a message on its way: itself, unless its sender is corrupt."""
+        if not (fraction := self._corrupt.get(sender, 0.0)) or self.chance.random() >= fraction:
+            return message
+        kind = self.chance.choice(("numbers", "length", "header") if message.body else ("header",))
+        self.note("mangled", sender, kind)
+        if kind == "numbers":
+            return replace(message, body=b"\xff" * len(message.body))  # in every floating-point format, not a number
+        if kind == "length":
+            return replace(message, body=message.body[: len(message.body) // 2])
+        return replace(message, header=self.chance.randbytes(len(message.header)))
+
+    def note(self, *event: str) -> None:
+        """Take something into the trace."""
+        self._trace.update(f"{asyncio.get_running_loop().time():.9f} {' '.join(event)}\n".encode())
+
+    @property
+    def trace(self) -> str:
+        """A digest of everything that has happened, and when."""
+        return self._trace.copy().hexdigest()
+
+    # --- addresses -------------------------------------------------------------------------------------------------
+
+    def listen(self, transport: LoopbackTransport, address: Address) -> Address:
+        """Let `transport` be found at `address`; port 0 for any."""
+        chosen = address if address.port else Address(address.host, next(self._ports))
+        self._listeners[chosen] = transport
+        return chosen
+
+    def at(self, address: Address) -> LoopbackTransport | None:
+        """Who listens there."""
+        return self._listeners.get(address)
+
+    def forget(self, transport: LoopbackTransport) -> None:
+        """It listens no more."""
+        self._listeners = {a: listener for a, listener in self._listeners.items() if listener is not transport}
+        if transport in self._transports:
+            self._transports.remove(transport)
+
+
+class LoopbackTransport:
+    """One process of one peer, as far as others notice."""
+
+    def __init__(self, network: LoopbackNetwork, peer: PeerId) -> None:
+        self.network = network
+        self.peer = peer
+        self.closed = False
+        self.connections: list[LoopbackConnection] = []
+        self._accept: Accept | None = None
+
+    async def listen(self, address: Address, accept: Accept) -> Address:
+        """Take connections at `address` and give each to `accept`. Returns where it listens."""
+        self._accept = accept
+        return self.network.listen(self, address)
+
+    async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> LoopbackConnection:
+        """Connect to `peer` at the first address that answers. Raises `Unreachable` or `WrongKey`."""
+        error: RemoteError = Unreachable(f"{peer} has no address", peer)
+        for address in addresses:
+            if self.closed:
+                raise Closed("the transport is closed")
+            try:
+                async with asyncio.timeout(HANDSHAKE_SECONDS):
+                    return await self._dial(peer, address)
+            except TimeoutError:
+                error = Unreachable(f"{address} does not answer", peer)
+            except RemoteError as failure:
+                error = failure
+        raise error
+
+    async def _dial(self, peer: PeerId, address: Address) -> LoopbackConnection:
+        for _ in range(2):  # TCP's handshake and TLS's; ours is the third
+            await self._ask(peer, address)
+        listener = await self._ask(peer, address)
+        if self.closed:
+            raise Closed("the transport is closed")
+        if listener.peer != peer:
+            raise WrongKey(f"{peer} was dialled, {listener.peer} answers", peer)
+        here, there = LoopbackConnection(self, peer), LoopbackConnection(listener, self.peer)
+        here.other, there.other = there, here
+        listener.accepted(there)
+        return here
+
+    async def _ask(self, peer: PeerId, address: Address) -> LoopbackTransport:
+        """Who answers there, after one round trip. Raises `Unreachable`."""
+        await self.network.passage(self.peer, peer)
+        await self.network.passage(peer, self.peer)
+        if (listener := self.network.at(address)) is None:
+            raise Unreachable(f"nobody listens at {address}", peer)
+        return listener
+
+    def accepted(self, connection: LoopbackConnection) -> None:
+        """Somebody has dialled us."""
+        assert self._accept is not None  # or nobody would have found us
+        connection.attach(self._accept(connection))
+
+    def end(self) -> None:
+        """End everything at once; the others find out."""
+        self.closed = True
+        self.network.forget(self)
+        for connection in list(self.connections):
+            connection.close()
+
+    async def close(self) -> None:
+        self.end()
+
+
+class LoopbackConnection:
+    """One end of a connection in memory."""
+
+    def __init__(self, transport: LoopbackTransport, peer: PeerId) -> None:
+        self.peer = peer
+        self.network = transport.network
+        self.other: LoopbackConnection | None = None  # known before anything is sent
+        self._transport = transport
+        self._receiver: Receiver | None = None
+        self._early: list[Message] = []
+        self._error: RemoteError | None = None
+        self._small, self._large = (Lane(transport.network.bandwidth, self._deliver) for _ in range(2))
+        self._turn = asyncio.Lock()  # of large messages
+        self._giving_up: asyncio.TimerHandle | None = None
+        transport.connections.append(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over."""
+        return self._error is not None
+
+    # --- sending ---------------------------------------------------------------------------------------------------
+
+    def try_send(self, header: bytes, body: Sequence[Buffer]) -> bool:
+        """Send a small message at once; False where it is large or the way is not free."""
+        if self._error is not None:
+            raise self._error
+        if not frames.is_small(header, body) or self._small.is_full:
+            return False
+        whole = b"".join(body)
+        self._post(self._small, Message(header, whole), self._small.reserve(HEAD + len(header) + len(whole)))
+        return True
+
+    async def send(self, header: bytes, body: Sequence[Buffer]) -> None:
+        """Send a message of any size. Raises `Unreachable`."""
+        if frames.is_small(header, body):
+            while not self.try_send(header, body):
+                await self._small.drained()
+            return
+        whole = b"".join(body)
+        async with self._turn:
+            while self._large.is_full and not self.closed:
+                await self._large.drained()
+            await asyncio.sleep(self._large.reserve(HEAD + len(header) + len(whole)))
+        if self._error is not None:
+            raise self._error
+        self._post(self._large, Message(header, whole), 0.0)
+
+    def _post(self, lane: Lane, message: Message, seconds: float) -> None:
+        network, nuisance, chance = self.network, self.network.nuisance, self.network.chance
+        latency = network.latency(self._transport.peer, self.peer)
+        message = network.mangled(self._transport.peer, message)
+        if nuisance.dropped and chance.random() < nuisance.dropped:
+            return
+        late = nuisance.reordered and chance.random() < nuisance.reordered
+        lane.put(message, seconds + latency, chance.uniform(0.0, _LATE * latency) if late else 0.0)
+        if nuisance.duplicated and chance.random() < nuisance.duplicated:
+            lane.put(message, seconds + latency, chance.uniform(0.0, _LATE * latency))
+
+    # --- on the way ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, lane: Lane, message: Message) -> bool:
+        """Let a message arrive at the other end, unless the way there is closed."""
+        if self._is_held():
+            self.network.hold(lane)
+            return False
+        self._arrive(message)
+        return True
+
+    def _is_held(self) -> bool:
+        """Whether the way is closed now; for how long, is watched where it is cut and not the peer that is stopped."""
+        ours, theirs = self._transport.peer, self.peer
+        parted = self.network.is_parted(ours, theirs)
+        if parted and self._giving_up is None and not self.closed:
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(RETRANSMISSION_SECONDS, self._give_up)
+        if not parted and self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        return not self.network.is_open(ours, theirs)
+
+    def _give_up(self) -> None:
+        self._fail(Unreachable("nothing came through for too long", self.peer))
+
+    def _arrive(self, message: Message) -> None:
+        assert self.other is not None
+        size = f"{len(message.header)}+{len(message.body)} {zlib.crc32(message.body)}"
+        self.network.note(self._transport.peer, self.peer, "end" if message.end else size)
+        if message.end is not None:
+            self.other._fail(message.end)
+        elif self.other._receiver is None:
+            self.other._early.append(message)
+        else:
+            self.other._take(message)
+
+    def _take(self, message: Message) -> None:
+        if self._error is not None or self._receiver is None:
+            return
+        try:
+            self._receiver.received(message.header, memoryview(bytearray(message.body)))
+        except RemoteError as error:
+            self.close(error)
+
+    def attach(self, receiver: Receiver) -> None:
+        """Tell `receiver` what comes in, from the first message on."""
+        self._receiver = receiver
+        early, self._early = self._early, []
+        for message in early:
+            self._take(message)
+        if self._error is not None and not early:
+            receiver.lost(self._error)
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self, error: RemoteError | None = None) -> None:
+        """End it, telling the other side why, behind what was said before."""
+        if self._error is not None:
+            return
+        there: RemoteError = Unreachable("the other side closed the connection", self._transport.peer)
+        if error is not None:
+            code, text = to_wire(error)
+            there = from_wire(code, f"the other side closed: {text}", self._transport.peer)
+        latency = self.network.latency(self._transport.peer, self.peer)
+        self._small.put(Message(b"", b"", there), latency)
+        self._fail(error or Unreachable("the connection was closed", self.peer))
+
+    def _fail(self, error: RemoteError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        error.peer = error.peer or self.peer
+        self._transport.connections.remove(self)
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        self._small.wake()
+        self._large.wake()
+        if self._receiver is not None:
+            self._receiver.lost(error)
+
+    def __repr__(self) -> str:
+        return f"<LoopbackConnection {self._transport.peer}>{self.peer} {self._error or 'open'}>"
