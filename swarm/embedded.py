@@ -228,9 +228,10 @@ def _watch(pip: subprocess.Popen[bytes], source: Path, progress: Progress) -> No
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves them about meanwhile
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone, as `rglob` does not
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # pip moves them about meanwhile
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

