@@ -45,11 +45,24 @@ class Shunned(NamedTuple):
     ever: set[PeerId]  # in any case
 
 
+class Neighbours(NamedTuple):
+    """Who feeds a part of a route, and whom it feeds; None is the client."""
+
+    before: PeerId | None = None
+    after: PeerId | None = None
+
+
 class RouteFinder(Protocol):
     """Finds hops for a span."""
 
-    def __call__(self, span: Span, shunned: Callable[[], Shunned], since: float | None) -> Awaitable[Route]:
-        """The best route of the moment; waits for missing blocks as long as the user wants.
+    def __call__(
+        self,
+        span: Span,
+        shunned: Callable[[], Shunned],
+        since: float | None,
+        neighbours: Neighbours,
+    ) -> Awaitable[Route]:
+        """The best route of the moment between `neighbours`; waits for missing blocks as long as the user wants.
 
         `since` is when the trouble began, on the loop's clock: None where the session only begins, and -inf not to
         wait at all. Raises `NoRoute`.
@@ -188,7 +201,7 @@ class LiveRoute:
         if not self.places:
             # Where somebody has refused, the swarm is there but full: waiting for another host is not what was asked.
             since = -math.inf if self._refused else self._trouble
-            route = await self.find(self._blocks, self.shunned, since)
+            route = await self.find(self._blocks, self.shunned, since, Neighbours())
             self.places = [Place(hop) for hop in route]
 
     async def _replace(self, start: int, end: int) -> None:
@@ -203,8 +216,13 @@ class LiveRoute:
         if (spares := _spares_of(failed)) is not None:
             self._put(start, end, spares)
             return
-        route = await self.find(span, shunned, -math.inf)
+        route = await self.find(span, shunned, -math.inf, self.neighbours(start, end))
         self._put(start, end, [Place(hop) for hop in route])
+
+    def neighbours(self, start: int, end: int) -> Neighbours:
+        """Who comes before the places from `start` to `end`, and who after."""
+        after = self.places[end].hop.peer if end < len(self.places) else None
+        return Neighbours(self.places[start - 1].hop.peer if start else None, after)
 
     def _put(self, start: int, end: int, places: list[Place]) -> None:
         log.info("failover session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])

@@ -9,19 +9,22 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from swarm.bearings import Bearings
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
 from swarm.identity import Identity
-from swarm.liveroute import Shunned
-from swarm.routing import find_route, uncovered
+from swarm.liveroute import Neighbours, Shunned
+from swarm.ping import ping
+from swarm.routing import View, find_route, uncovered
 from swarm.rpc import Rpc
 from swarm.session import Session, Sessions
 from swarm.transport import TcpTransport
-from swarm.types import ModelId, Offer, Route, Span
+from swarm.types import ModelId, Offer, PeerId, Route, Span
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at the DHT while waiting for blocks
+BEARINGS_SECONDS = 1.0  # for peers to answer, before a first route is chosen without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,18 @@ class Waiting:
 
 
 class Network:
-    """What a client needs of the swarm. Lives in one event loop."""
+    """What a client needs of the swarm. Lives in one event loop.
+
+    Attributes:
+        bearings: where the client is, and how far it is to those it called.
+    """
 
     def __init__(self, identity: Identity, discovery: Discovery) -> None:
         self.discovery = discovery
         self.rpc = Rpc(TcpTransport(identity))
         self.sessions = Sessions(self.rpc)
+        self.bearings = Bearings()
+        self.rpc.timed = self.bearings.timed
 
     @classmethod
     async def start(cls, initial_peers: Sequence[str], identity: Identity | None = None) -> Network:
@@ -48,8 +57,20 @@ class Network:
         return cls(identity, await Discovery.start(identity, initial_peers, client_mode=True))
 
     async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
-        """What peers offer for any block of the model now."""
-        return await self.discovery.offers(model, num_blocks)
+        """What peers offer for any block of the model now. Raises `DeadlineExceeded`."""
+        offers = await self.discovery.offers(model, num_blocks)
+        self.bearings.read(offers)
+        return offers
+
+    async def take_bearings(self, offers: Sequence[Offer], num_blocks: int) -> None:
+        """Where there is a choice, call a few peers whose way is not known; wait for them only the first time."""
+        if sum(len(offer.span) for offer in offers) <= num_blocks:
+            return
+        if self.bearings.coordinate is None:
+            await ping(self.rpc, self.bearings.anywhere(offers), BEARINGS_SECONDS)
+            await ping(self.rpc, self.bearings.near(offers, 0), BEARINGS_SECONDS)
+        elif near := self.bearings.near(offers, 0):
+            self.rpc.spawn(ping(self.rpc, near, BEARINGS_SECONDS))
 
     def session(
         self,
@@ -65,7 +86,7 @@ class Network:
 
         `standby` is how many spares follow at each hop.
         """
-        find = _Finder(self, model, num_blocks, waiting)
+        find = _Finder(self, model, num_blocks, batch * max_length, waiting)
         return Session(self.sessions, model, num_blocks, find, batch, max_length, standby)
 
     async def close(self) -> None:
@@ -78,29 +99,46 @@ class Network:
 class _Finder:
     """Finds routes for one session."""
 
-    def __init__(self, network: Network, model: ModelId, num_blocks: int, waiting: Waiting) -> None:
+    def __init__(self, network: Network, model: ModelId, num_blocks: int, tokens: int, waiting: Waiting) -> None:
         self._network = network
         self._model = model
         self._num_blocks = num_blocks
+        self._tokens = tokens  # of cache, that the session needs at every hop
         self._waiting = waiting
         self._chance = random.Random()
         self._told: tuple[Span, ...] = ()
 
-    async def __call__(self, span: Span, shunned: Callable[[], Shunned], since: float | None) -> Route:
+    async def __call__(
+        self,
+        span: Span,
+        shunned: Callable[[], Shunned],
+        since: float | None,
+        neighbours: Neighbours,
+    ) -> Route:
         """The best route of the moment over `span`. Raises `NoRoute` when it has waited long enough."""
         loop = asyncio.get_running_loop()
         wait = self._waiting.first
         deadline = loop.time() + wait if since is None else since + max(wait, self._waiting.failover)
         while True:
             offers = await self._network.offers(self._model, self._num_blocks)
+            await self._network.take_bearings(offers, self._num_blocks)
+            view = self._view(offers, neighbours)
             rather, ever = shunned()
             for avoid in (rather, ever):
                 with contextlib.suppress(NoRoute):
-                    return find_route(offers, span, avoid=avoid, chance=self._chance)
+                    return self._route(offers, span, avoid, view)
             if loop.time() >= deadline:
-                return find_route(offers, span, avoid=ever, chance=self._chance)  # raises, and says which blocks
+                return self._route(offers, span, ever, view)  # raises, and says which blocks
             self._tell(uncovered([offer for offer in offers if offer.peer not in ever], self._num_blocks))
             await asyncio.sleep(POLL_SECONDS)
+
+    def _route(self, offers: Sequence[Offer], span: Span, avoid: set[PeerId], view: View) -> Route:
+        return find_route(offers, span, avoid=avoid, chance=self._chance, view=view, tokens_needed=self._tokens)
+
+    def _view(self, offers: Sequence[Offer], neighbours: Neighbours) -> View:
+        known = {offer.peer: offer for offer in offers}
+        before, after = (known.get(peer) if peer else None for peer in neighbours)
+        return self._network.bearings.view(before, after)
 
     def _tell(self, missing: tuple[Span, ...]) -> None:
         if missing != self._told and missing and self._waiting.on_missing is not None:

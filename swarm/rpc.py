@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from swarm import wire
@@ -37,10 +39,22 @@ DIAL_TIMEOUT = 10.0  # seconds
 MAX_CALLS = 256  # requests that one link may have under way here
 MAX_HELD = 2 * wire.MAX_BODY  # bytes of their bodies
 MAX_UNTOLD = 256  # refusals and cancellations that wait for the other side to read
+PROMPT = 0.5  # of a call's time, at most, may have gone into the answer if the call is to tell of the way
+LIGHT = 2048  # bytes of body, at most, that do not slow a call down
 
 Reply: TypeAlias = "Message | tuple[Message, Sequence[Buffer]]"
 Answer: TypeAlias = "Callable[[Link, Any, memoryview], Awaitable[Reply]]"
 Listener: TypeAlias = "Callable[[Link, Any, memoryview], None]"
+Timed: TypeAlias = "Callable[[PeerId, float], None]"
+
+
+@dataclass(slots=True)
+class _Call:
+    """One of ours, under way."""
+
+    future: asyncio.Future[tuple[Any, memoryview]]
+    began: float  # seconds on the clock
+    light: bool  # sent with so little that only the way takes time
 
 
 class Link:
@@ -50,7 +64,7 @@ class Link:
         self._rpc = rpc
         self._connection = connection
         self._numbers = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[tuple[Any, memoryview]]] = {}  # our calls there
+        self._pending: dict[int, _Call] = {}  # our calls there
         self._running: dict[int, asyncio.Task[None]] = {}  # their calls here
         self._held = 0  # bytes of the bodies of those
         self._untold = 0
@@ -77,7 +91,8 @@ class Link:
             raise DeadlineExceeded(f"no time is left to ask {self.peer}", self.peer)
         call = next(self._numbers)
         future: asyncio.Future[tuple[Any, memoryview]] = asyncio.get_running_loop().create_future()
-        self._pending[call] = future
+        light = sum(len(piece) for piece in body) <= LIGHT
+        self._pending[call] = _Call(future, self._rpc.clock(), light)
         try:
             async with asyncio.timeout(timeout):
                 await self._connection.send(pack_envelope(Kind.REQUEST, call, timeout, message), body)
@@ -143,9 +158,11 @@ class Link:
             log.exception("listener failed message=%s peer=%s", type(message).__name__, self.peer)
 
     def _settle(self, envelope: Envelope, body: memoryview) -> None:
-        future = self._pending.get(envelope.call)
-        if future is None or future.done():  # given up in the meantime
+        call = self._pending.get(envelope.call)
+        if call is None or (future := call.future).done():  # given up in the meantime
             return
+        if call.light and len(body) <= LIGHT and envelope.kind is Kind.REPLY:
+            self._time(self._rpc.clock() - call.began, envelope.timeout)
         try:
             message = wire.read_body(envelope)
         except ProtocolError as error:
@@ -156,6 +173,14 @@ class Link:
             future.set_exception(from_wire(message.code, message.message, message.peer or self.peer))
         else:
             future.set_result((message, body))
+
+    def _time(self, seconds: float, there: float) -> None:
+        """Tell how long the way of a call took, of which the other side says that it answered after `there` seconds.
+
+        That is believed as far as it matters little: whoever could take off as much as it likes could be anywhere.
+        """
+        if self._rpc.timed is not None and there <= PROMPT * seconds:
+            self._rpc.timed(self.peer, seconds - there)
 
     def _begin(self, envelope: Envelope, body: memoryview) -> None:
         if envelope.call in self._running:
@@ -176,13 +201,14 @@ class Link:
         self._held -= size
 
     async def _serve(self, envelope: Envelope, body: memoryview) -> None:
-        deadline = asyncio.timeout(envelope.timeout or wire.MAX_TIMEOUT)
+        deadline, began = asyncio.timeout(envelope.timeout or wire.MAX_TIMEOUT), self._rpc.clock()
         try:
             message = wire.read_body(envelope)
             async with deadline:
                 reply = await self._rpc.answer_for(message)(self, message, body)
                 header, pieces = reply if isinstance(reply, tuple) else (reply, ())
-                await self._connection.send(pack_envelope(Kind.REPLY, envelope.call, body=header), pieces)
+                took = self._rpc.clock() - began
+                await self._connection.send(pack_envelope(Kind.REPLY, envelope.call, took, header), pieces)
         except ShoalError as error:
             self._refuse(envelope.call, error)
         except Exception as error:
@@ -202,9 +228,9 @@ class Link:
     def lost(self, error: RemoteError) -> None:
         """The connection is gone (called by the connection)."""
         self.error = error
-        for future in self._pending.values():
-            if not future.done():
-                future.set_exception(error)
+        for call in self._pending.values():
+            if not call.future.done():
+                call.future.set_exception(error)
         for task in self._running.values():
             task.cancel()
         self._rpc.forget(self)
@@ -221,9 +247,16 @@ class Link:
 
 
 class Rpc:
-    """One link per peer, and who handles which message."""
+    """One link per peer, and who handles which message.
 
-    def __init__(self, transport: Transport) -> None:
+    Attributes:
+        timed: told the round trip in seconds to a peer, without what it needs to answer, whenever a call shows it.
+        clock: what round trips are timed by.
+    """
+
+    def __init__(self, transport: Transport, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.timed: Timed | None = None
+        self.clock = clock
         self._transport = transport
         self.peer = transport.peer
         self._answers: dict[type[Message], Answer] = {wire.Echo: _echo}

@@ -83,7 +83,8 @@ class Standby:
             rather, ever = self._live.shunned()
             return Shunned(rather | taken, ever | taken)
 
-        return await self._live.find(place.hop.span, shunned, -math.inf)
+        index = self._live.places.index(place)
+        return await self._live.find(place.hop.span, shunned, -math.inf, self._live.neighbours(index, index + 1))
 
     async def _feed(self) -> None:
         """Tell the spares of the first hop what is new; those of the others are told by the hop before."""

@@ -261,7 +261,7 @@ class Failure(Message):
 class Envelope(NamedTuple):
     """A header half read: whose call it belongs to is known, what it says is still to be checked by `read_body`.
 
-    `call` is 0 for a notification, `timeout` is in seconds.
+    `call` is 0 for a notification. `timeout` is in seconds; in a reply it is how long the answer took there.
     """
 
     kind: Kind
