@@ -7,6 +7,8 @@ BENCHES = {
     "hop": "what a hop adds to a token",
     "startup": "from launching two peers to a client's first token",
     "memory": "what a peer with the whole model takes, and in how many processes",
+    "failover": "how long an answer stands still when a hop is killed, with and without standby",
+    "drain": "the longest gap between tokens that four clients see while a peer leaves",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }
 """Every bench by its name, which is its module's, in the order in which `all` runs them."""

@@ -12,8 +12,8 @@ from processes import Failed
 
 
 @contextlib.contextmanager
-def running(script: str, *arguments: str) -> Iterator[tuple[int, str]]:
-    """The script of that name in this folder, once it has printed a line: its process id and the line.
+def running(script: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The script of that name in this folder, once it has printed a line: its process and the line.
 
     It is to end when its stdin does, which happens at the latest when this process ends. Raises `Failed` where it
     ends without a word.
@@ -25,7 +25,7 @@ def running(script: str, *arguments: str) -> Iterator[tuple[int, str]]:
             assert process.stdout is not None
             if not (line := process.stdout.readline()):
                 raise Failed(f"{script} ended with code {process.wait()}; what it says is above")
-            yield process.pid, line
+            yield process, line
         except BaseException:
             process.kill()
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ NEW_TOKENS = 64
 
 _TEXT = (
     "A shoal is a group of fish that stay together for social reasons. When they swim in the same direction, in a "
-    "coordinated manner, they are schooling. Shoaling fish are safer because"
+    "coordinated manner, they are schooling. Shoaling fish are safer because a predator finds it hard to single out "
+    "one of many, and because many eyes see it sooner. They find food faster as well: when one of them has found some, "
+    "the others see it eat, and come. Fish choose the shoal that they join. They prefer a large one to a small one, "
+    "and one of their own kind and size, in which nobody stands out. A shoal has no leader. Each of its fish looks to "
+    "those next to it, keeps a certain distance from them, and turns when they turn. What comes of such simple rules is"
 )
 
 
@@ -30,25 +36,30 @@ class Generated:
     tokens: list[int]  # the new ones
     seconds: float  # of the whole call: opening the session and reading the prompt included
     decode_seconds: float  # from the first new token to the last, per token
+    gaps: list[float]  # seconds from each new token to the next
 
 
 class _Clock(BaseStreamer):
-    """Notes when each token came."""
+    """Notes when each token came, and tells how many new ones there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[int], None]) -> None:
         self.times: list[float] = []
+        self.told = told
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.told(len(self.times) - 1)  # the one before the first is the prompt's
 
     def end(self) -> None:
         pass
 
 
-def prompt(folder: Path) -> torch.Tensor:
-    """[1, PROMPT_TOKENS]: the beginning of a text."""
+def prompt(folder: Path, tokens: int = PROMPT_TOKENS) -> torch.Tensor:
+    """[1, tokens]: the beginning of a text."""
     tokenizer: Any = load_tokenizer(str(folder))
-    return torch.tensor([tokenizer(_TEXT)["input_ids"][:PROMPT_TOKENS]])
+    ids: list[int] = tokenizer(_TEXT)["input_ids"]
+    assert len(ids) >= tokens
+    return torch.tensor([ids[:tokens]])
 
 
 def whole_model(folder: Path) -> Any:
@@ -58,13 +69,18 @@ def whole_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def generate(model: Any, ids: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Generated:
-    """Exactly so many tokens after `ids`, greedily."""
-    clock = _Clock()
+def generate(
+    model: Any,
+    ids: torch.Tensor,
+    new_tokens: int = NEW_TOKENS,
+    told: Callable[[int], None] = lambda count: None,
+    cache: Any = None,
+) -> Generated:
+    """Exactly so many tokens after `ids`, greedily; `told` how many there are, each time one comes."""
+    clock = _Clock(told)
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     started = time.perf_counter()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock, **options)
     seconds = time.perf_counter() - started
-    first, last = clock.times[1], clock.times[-1]  # the one before the first is the prompt's
-    decode_seconds = (last - first) / max(new_tokens - 1, 1)
-    return Generated(output[0, ids.shape[1] :].tolist(), seconds, decode_seconds)
+    gaps = [after - before for before, after in itertools.pairwise(clock.times[1:])]
+    return Generated(output[0, ids.shape[1] :].tolist(), seconds, sum(gaps) / max(len(gaps), 1), gaps)

@@ -38,9 +38,9 @@ def measure(plan: Plan) -> list[Row]:
         return proportional_size
 
     def alone() -> float:
-        with running("alone.py", str(folder), str(NEW_TOKENS)) as (pid, _):
-            alone_resident.append(_megabytes(pid, "Rss"))
-            return _megabytes(pid, "Pss")
+        with running("alone.py", str(folder), str(NEW_TOKENS)) as (process, _):
+            alone_resident.append(_megabytes(process.pid, "Rss"))
+            return _megabytes(process.pid, "Pss")
 
     rounds = plan.alternate("memory: a peer with every block", plan.rounds(ROUNDS), serving, alone)
     return [
