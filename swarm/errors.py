@@ -187,6 +187,18 @@ class Forgotten(Refused):
     code = "forgotten"
 
 
+class StaleRound(Refused):
+    """The round is over, or its micro-batches are counted: what still comes for it is not wanted."""
+
+    code = "stale-round"
+
+
+class NotReady(Refused):
+    """The peer has not come to that round yet."""
+
+    code = "not-ready"
+
+
 class BeyondCache(Refused):
     """A step that does not fit into what the session leased, or leaves a gap before it."""
 

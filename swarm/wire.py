@@ -237,6 +237,14 @@ _BODIES: dict[str, type[Message]] = {kind.__struct_config__.tag: kind for kind i
 _HANDSHAKES: dict[str, type[Message]] = {kind.__struct_config__.tag: kind for kind in get_args(Handshake)}
 
 
+def carry(*kinds: type[Message]) -> None:
+    """Let these messages travel too: a room with a vocabulary of its own adds it when it is imported."""
+    for kind in kinds:
+        tag = str(kind.__struct_config__.tag)
+        known = _BODIES.setdefault(tag, kind)
+        assert known is kind, f"two messages are tagged {tag!r}"
+
+
 class Kind(enum.IntEnum):
     """What an envelope is to the call it names."""
 

@@ -12,14 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm import wire
+from swarm import wire, wire_training
 from swarm.errors import BadTensor, Malformed, Oversized, ProtocolError, UnknownMessage
 from swarm.wire import Kind
 
 KEY = b"k" * 16
 
 specs = st.builds(wire.TensorSpec, st.sampled_from(list(wire.ITEM_SIZES)), st.lists(st.integers(0, 4096), max_size=4))
-BODIES: list[type[wire.Message]] = list(get_args(wire.Body))
+TRAINING: list[type[wire.Message]] = [
+    kind for kind in vars(wire_training).values() if isinstance(kind, type) and kind.__module__ == "swarm.wire_training"
+]
+BODIES: list[type[wire.Message]] = [
+    *get_args(wire.Body),
+    *(kind for kind in TRAINING if kind.__struct_config__.tag is not None),
+]
 
 
 def _strategy(annotation: Any) -> st.SearchStrategy[Any]:
@@ -37,6 +43,10 @@ def _of(info: Any) -> st.SearchStrategy[Any]:
             return st.floats(lowest, info.le or 1e6, allow_nan=False)
         case msgspec.inspect.BytesType():
             return st.binary(min_size=info.min_length or 0, max_size=info.max_length or 64)
+        case msgspec.inspect.BoolType():
+            return st.booleans()
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return st.from_regex(pattern, fullmatch=True)
         case msgspec.inspect.StrType():
             return st.text(min_size=info.min_length or 0, max_size=min(info.max_length or 16, 16))
         case msgspec.inspect.NoneType():
@@ -90,6 +100,10 @@ def _sample(info: Any) -> Any:
             return 1.0
         case msgspec.inspect.BytesType():
             return b"k" * (info.min_length or 0)
+        case msgspec.inspect.BoolType():
+            return st.booleans()
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return st.from_regex(pattern, fullmatch=True)
         case msgspec.inspect.StrType():
             return ""
         case msgspec.inspect.UnionType(types=types):

@@ -1,0 +1,413 @@
+"""One round of a run, as its coordinator sees it, from collecting to commit. Pure: messages and time in, messages out.
+
+A round is one optimizer step of all members together. Read `Coordinator.tick` first; it is the round's life:
+
+    COLLECT   Trainers take micro-batches and send them through the stages; members add up gradients and say which
+              micro-batches their sums hold. Who is silent for too long is out, and what it held is lent again.
+    CLOSE     Every micro-batch is counted in every stage. Members are told to count no more and say once more what
+              they hold. If a micro-batch is in two sums of a stage, one of these is forgotten, and back to COLLECT.
+    AVERAGE   The members of each stage average their sums (`peer.averaging`) and report a digest of what they hold.
+              Nobody steps. If somebody was lost, late or unsound, the attempt is void: sums are kept, COLLECT goes
+              on without it.
+    DECIDE    All hold the same. The decision (commit with this clipping factor; who is in the next round) is proposed
+              to the voters. Once a majority has accepted it, it is told to all: they step, and the round is over.
+
+Deciding is single-decree Paxos (Lamport, "Paxos made simple", 2001), one instance a round: the voters are the roster's
+that the decision before named, term 0 belongs to the coordinator that it named, and a higher term to whom a majority
+has granted it (`swarm.participant`). So a decision is never changed, whoever dies, and two coordinators cannot decide
+differently; a member that missed one notices, and fetches its state from those who have not.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+
+from swarm.assignments import Assignments, Plan, from_bits
+from swarm.judgement import Verdict, accused, differing, doubly_counted, judge
+from swarm.roster import first, is_quorum, members, seats_of, stages, voters
+from swarm.types import PeerId
+from swarm.wire import Message
+from swarm.wire_training import (
+    Agree,
+    Chosen,
+    Decision,
+    Join,
+    Order,
+    Propose,
+    Report,
+    Roster,
+    Share,
+    Status,
+    Take,
+    Work,
+)
+
+BEAT = 0.25  # seconds between two signs of life
+SILENCE = 2.0  # seconds after which a peer counts as lost
+UNREADY = 10.0  # seconds that a member may take for the last round's step
+LONGEST_ATTEMPT = 60.0  # seconds; members notice earlier that nothing moves, this is for those who do not tell
+SECOND_OPINION = 0.3  # seconds between the first word that an attempt failed and the verdict who is to blame
+SILENT = "is silent"
+STRIKES = 2  # failed attempts before somebody who is alive is out for it
+
+
+class Phase(enum.IntEnum):
+    """What a round is at."""
+
+    COLLECT = 0
+    CLOSE = 1
+    AVERAGE = 2
+    DECIDE = 3
+
+
+class Coordinator:
+    """Coordinates the round after `previous`, until `chosen` is set or it is `deposed`.
+
+    Args:
+        term: in which it may propose.
+        attempt: the highest number of an attempt that it knows of.
+        decision: what an earlier coordinator may have had accepted, and has to be proposed again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        me: PeerId,
+        previous: Decision,
+        now: float,
+        term: int = 0,
+        attempt: int = 0,
+        decision: Decision | None = None,
+    ) -> None:
+        self.plan = plan
+        self.me = me
+        self.previous = previous
+        self.round = previous.round + 1
+        self.term = term
+        self.phase = Phase.COLLECT
+        self.attempt = attempt
+        self.assignments = Assignments(plan)
+        self.out: dict[PeerId, str] = {}  # members that are not in this round any more, and why
+        self.unsound: set[PeerId] = set()  # those of them who sent what cannot be right
+        self.differing: set[PeerId] = set()  # those of them whose parameters are not their replicas'
+        self.chosen: Decision | None = None
+        self.deposed = False
+        self.outbox: list[tuple[PeerId, Message]] = []
+        self._order = members(previous.roster)
+        self._stages = stages(previous.roster)
+        self._trainers = {PeerId(peer) for peer in previous.roster.trainers}
+        self._joins: dict[PeerId, Join] = {}
+        self._statuses: dict[PeerId, Status] = {}
+        self._takes: dict[PeerId, Take] = {}
+        self._heard = dict.fromkeys([*self._order, *self._trainers], now)
+        self._void: dict[PeerId, int] = {}  # the number of the last sum that each is to forget
+        self._shares: list[Share] = []
+        self._strikes = 0
+        self._failed_at: float | None = None  # when the first word of it came
+        self._begun = now
+        self._entered = now  # the phase
+        self._told = now
+        self._seen = now
+        self._decision = decision
+        self._votes: set[PeerId] = set()
+        if decision is not None:
+            self._propose(decision, now)
+        self._order_all(now)
+
+    # --- what comes in -----------------------------------------------------------------------------------------------
+
+    def hear(self, sender: PeerId, message: Status | Take | Agree | Join, now: float) -> None:
+        """Take in what a member, a trainer or a newcomer says."""
+        if isinstance(message, Agree):
+            self._votes.add(sender) if message.term == self.term else None
+        elif isinstance(message, Join):
+            self._joins[sender] = message
+            self._trainers |= {sender} if message.stage is None else set()
+        elif message.term > self.term:
+            self.deposed = True
+        elif isinstance(message, Status):
+            self._hear_status(sender, message)
+        else:
+            self._hear_take(sender, message, now)
+        self._heard[sender] = now
+        self.tick(now)
+
+    def _hear_status(self, sender: PeerId, status: Status) -> None:
+        before = self._statuses.get(sender)
+        if before is not None and status.number <= before.number:
+            return
+        self._statuses[sender] = status
+        forgiven = sender in self.out and sender not in self.unsound | self.differing
+        if forgiven and status.ready and self.phase is Phase.COLLECT:
+            del self.out[sender]  # it is back; what it held is lent to others by now
+            self._void[sender] = status.sums
+
+    def _hear_take(self, sender: PeerId, take: Take, now: float) -> None:
+        before = self._takes.get(sender)
+        if before is not None and take.number < before.number:
+            return
+        self._takes[sender] = take
+        self._trainers.add(sender)
+        self.assignments.hear(sender, take.seen, take.holding, now)
+        want = take.want if self.phase is Phase.COLLECT and self._gathered(now) else 0
+        lent = self.assignments.take(sender, want, self._holders(), now)
+        self._send(sender, Work(self.previous.roster.line, self.round, lent))
+
+    def _gathered(self, now: float) -> bool:
+        """Whether it is known what is counted and lent: a coordinator in mid-round has to ask first."""
+        return self.term == 0 or now - self._begun > 2 * BEAT
+
+    # --- the round's life --------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Go on as far as what was heard allows."""
+        if self.deposed or self.chosen is not None:
+            return
+        self._notice_silence(now)
+        if self.phase is Phase.COLLECT:
+            self._collect(now)
+        if self.phase is Phase.CLOSE:
+            self._close(now)
+        if self.phase is Phase.AVERAGE:
+            self._average(now)
+        if self.phase is Phase.DECIDE:
+            self._decide()
+        if self.chosen is None and now - self._told >= BEAT:
+            self._order_all(now)
+
+    def _collect(self, now: float) -> None:
+        self._heal_differing()
+        complete = self._complete()
+        self.assignments.count(complete, now)
+        ready = [self._is_ready(peer) for peer in self._living()]
+        if len(complete) == self.plan.count and all(ready):
+            self.attempt += 1
+            self._enter(Phase.CLOSE, now)
+
+    def _close(self, now: float) -> None:
+        if any(not self._is_ready(peer) or self._statuses[peer].closed != self.attempt for peer in self._living()):
+            return
+        for stage in range(self.plan.stages):
+            counted = {peer: self._counted(peer) for peer in self._living(stage)}
+            for peer in doubly_counted(counted, self._order):
+                self._void[peer] = self._statuses[peer].sums
+        if len(self._complete()) < self.plan.count:
+            self._enter(Phase.COLLECT, now)
+            return
+        self._shares = [self._share(peer) for peer in self._living()]
+        self._enter(Phase.AVERAGE, now)
+
+    def _average(self, now: float) -> None:
+        if any(share.peer in self.out for share in self._shares):
+            self._discard(now)
+            return
+        reports = self._reports()
+        if unsound := {PeerId(peer): why for report in reports.values() for peer, why in report.unsound}:
+            self._blame(unsound, now)
+            return
+        failed = any(report.suspects for report in reports.values())
+        if failed and self._failed_at is None:
+            self._failed_at = now
+        if len(reports) == len(self._shares) and not failed:
+            self._conclude(judge(self._shares, reports), now)
+        elif self._failed_at is not None and now - self._failed_at > SECOND_OPINION:
+            self._strike(reports, now)
+        elif now - self._entered > LONGEST_ATTEMPT:
+            for share in self._shares:
+                if share.peer not in reports:
+                    self._drop(PeerId(share.peer), "did not come to an end with averaging")
+            self._discard(now)
+
+    def _decide(self) -> None:
+        assert self._decision is not None
+        if is_quorum(self.previous.roster, self._votes):
+            self.chosen = self._decision
+            told = {*self._heard, *members(self.chosen.roster)}
+            for peer in sorted(told):
+                self._send(peer, Chosen(self.chosen))
+
+    # --- what an attempt came to -------------------------------------------------------------------------------------
+
+    def _conclude(self, verdict: Verdict, now: float) -> None:
+        if verdict.blamed:
+            self._blame(dict(verdict.blamed), now)
+        elif not verdict.finite:
+            self._propose(self._skip(), now)
+        else:
+            clip = self.plan.clip
+            factor = min(1.0, clip / verdict.norm) if clip and verdict.norm else 1.0
+            roster = self._next_roster()
+            agreed = list(verdict.agreed)
+            commit = Decision(self.round, self.term, self.attempt, "commit", factor, verdict.norm, agreed, roster)
+            self._propose(commit, now)
+
+    def _skip(self) -> Decision:
+        skipped = self.previous.skipped + 1
+        outcome = "stop" if skipped >= self.plan.patience and not self.plan.scaled else "skip"
+        roster = self._next_roster()
+        return Decision(self.round, self.term, self.attempt, outcome, 0.0, 0.0, [], roster, skipped)
+
+    def _blame(self, blamed: dict[PeerId, str], now: float) -> None:
+        """Go on without those who sent what cannot be right; if most did, it is the round that is wrong."""
+        for stage in range(self.plan.stages):
+            sharing = {PeerId(share.peer) for share in self._shares if share.stage == stage and share.samples}
+            if (self.plan.scaled or 2 * len(sharing & blamed.keys()) > len(sharing)) and sharing & blamed.keys():
+                self._propose(self._skip(), now)
+                return
+        dropped = {peer for peer, why in blamed.items() if self._drop(peer, why)}
+        self.unsound |= dropped
+        if dropped:
+            self._discard(now)
+        else:
+            self._propose(self._skip(), now)
+
+    def _strike(self, reports: dict[PeerId, Report], now: float) -> None:
+        self._strikes += 1
+        peer = accused(reports, self._order)
+        if peer is not None and self._strikes >= STRIKES:
+            self._drop(peer, "was late or lost in the middle of averaging")
+            self._strikes = 0
+        self._discard(now)
+
+    def _discard(self, now: float) -> None:
+        """The attempt is void, the sums are kept."""
+        self._enter(Phase.COLLECT, now)
+        self._collect(now)
+
+    def _propose(self, decision: Decision, now: float) -> None:
+        self._decision = decision
+        self.attempt = max(self.attempt, decision.attempt)
+        self._enter(Phase.DECIDE, now)
+
+    def _enter(self, phase: Phase, now: float) -> None:
+        self.phase = phase
+        self._entered = now
+        self._failed_at = None
+        self._order_all(now)
+
+    # --- who takes part ----------------------------------------------------------------------------------------------
+
+    def _notice_silence(self, now: float) -> None:
+        gap, self._seen = now - self._seen, now
+        if gap > SILENCE / 2:  # it was us who slept: others are not to blame for it
+            self._heard = {peer: heard + gap for peer, heard in self._heard.items()}
+        for peer, heard in list(self._heard.items()):
+            if peer != self.me and now - heard > SILENCE:
+                self._lose(peer)
+        if now - self._begun > UNREADY and self.phase is Phase.COLLECT:
+            for peer in self._living():
+                if not self._is_ready(peer) and peer != self.me:
+                    self._drop(peer, "did not come to this round")
+
+    def _lose(self, peer: PeerId) -> None:
+        del self._heard[peer]
+        self._joins.pop(peer, None)
+        if peer in self._stages:
+            self._drop(peer, SILENT)
+        elif peer in self._trainers:
+            self._trainers.discard(peer)
+            self.assignments.forget(peer)
+
+    def _drop(self, peer: PeerId, why: str) -> bool:
+        """Go on without a member, unless it is the last of its stage that can be heard; whether it is out now."""
+        if why != SILENT and self._living(self._stages[peer]) == [peer]:
+            return False
+        self.out.setdefault(peer, why)
+        return True
+
+    def _heal_differing(self) -> None:
+        for stage in range(self.plan.stages):
+            digests = {peer: self._statuses[peer].digest for peer in self._living(stage) if self._is_ready(peer)}
+            for peer in differing(digests, self._order):
+                self._drop(peer, "holds other parameters than its replicas")
+                self.differing.add(peer)
+
+    def _living(self, stage: int | None = None) -> list[PeerId]:
+        return [peer for peer in self._order if peer not in self.out and stage in (None, self._stages[peer])]
+
+    def _is_ready(self, peer: PeerId) -> bool:
+        status = self._statuses.get(peer)
+        return status is not None and status.ready
+
+    def _next_roster(self) -> Roster:
+        living = set(self._living())
+        seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
+        for peer, join in self._joins.items():
+            if peer not in living and peer not in self.unsound and self._may_enter(join):
+                seats += seats_of([join])
+        next_ = self.me if self.me in living else first(seats)
+        return Roster(self.plan.run, self.previous.roster.line, next_, seats, list[str](sorted(self._trainers)))
+
+    def _may_enter(self, join: Join) -> bool:
+        """Whether a newcomer holds what the replicas of its stage hold."""
+        if join.stage is None or join.endpoint is None or join.round != self.round or join.stage >= self.plan.stages:
+            return False
+        held = {self._statuses[peer].digest for peer in self._living(join.stage) if self._is_ready(peer)}
+        return not (held - {b""}) or join.digest in held
+
+    # --- what is counted ---------------------------------------------------------------------------------------------
+
+    def _counted(self, peer: PeerId) -> frozenset[int]:
+        status = self._statuses.get(peer)
+        if status is None or peer in self.out or status.sums <= self._void.get(peer, -1):
+            return frozenset()
+        return from_bits(status.counted)
+
+    def _complete(self) -> frozenset[int]:
+        """Micro-batches that are in a sum of every stage."""
+        complete = frozenset(range(self.plan.count))
+        for stage in range(self.plan.stages):
+            complete &= frozenset[int]().union(*(self._counted(peer) for peer in self._living(stage)))
+        return complete
+
+    def _holders(self) -> dict[int, list[str]]:
+        holders: dict[int, list[str]] = defaultdict(list)
+        for peer in self._living():
+            for index in self._counted(peer):
+                holders[index].append(peer)
+        return holders
+
+    def _share(self, peer: PeerId) -> Share:
+        samples = self.plan.samples_of(self._counted(peer))
+        return Share(peer, self._stages[peer], samples, self._statuses[peer].bandwidth)
+
+    def _reports(self) -> dict[PeerId, Report]:
+        """What the members of this attempt have reported of it."""
+        found = {PeerId(s.peer): self._statuses[PeerId(s.peer)].report for s in self._shares}
+        mine = (self.term, self.attempt)
+        return {peer: report for peer, report in found.items() if report and (report.term, report.attempt) == mine}
+
+    # --- what goes out -----------------------------------------------------------------------------------------------
+
+    def order(self) -> Order:
+        """What everyone is to know now."""
+        return Order(
+            line=self.previous.roster.line,
+            round=self.round,
+            term=self.term,
+            phase=int(self.phase),
+            attempt=self.attempt,
+            shares=self._shares if self.phase is Phase.AVERAGE else [],
+            void=sorted(self._void.items()),
+            previous=self.previous,
+            counted=self.plan.samples_of(self.assignments.complete),
+        )
+
+    def _order_all(self, now: float) -> None:
+        self._told = now
+        order = self.order()
+        for peer in sorted({*self._heard, *self._order}):
+            self._send(peer, order)
+        if self.phase is Phase.DECIDE and self._decision is not None:
+            proposal = Propose(order.line, self.round, self.term, self._decision)
+            for peer in voters(self.previous.roster):
+                if peer not in self._votes:
+                    self._send(peer, proposal)
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        self.outbox.append((peer, message))
+
+    def __repr__(self) -> str:
+        phase = f"{self.phase.name} attempt={self.attempt}"
+        return f"<Coordinator round={self.round} term={self.term} {phase} {self.assignments!r} out={len(self.out)}>"
