@@ -24,8 +24,9 @@ class Lease:
 class Leases:
     """All leases of one stage."""
 
-    def __init__(self, capacity: int, duration: float = 30.0) -> None:
+    def __init__(self, capacity: int, duration: float = 30.0, page: int = 1) -> None:
         self.capacity = capacity  # tokens
+        self.page = page  # tokens of one row that are given out together
         self.duration = duration  # seconds that a lease lasts after its session's last sign of life
         self._leases: dict[SessionId, Lease] = {}
         self._used = 0
@@ -42,6 +43,10 @@ class Leases:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def room(self, rows: int, length: int) -> int:
+        """What so many rows of so many positions take, in tokens."""
+        return rows * -(-length // self.page) * self.page
 
     def grant(self, session: SessionId, tokens: int, now: float) -> Lease:
         """Lease `tokens` to `session`, or change its lease to that. Raises `NoRoom`; an older lease then stays."""

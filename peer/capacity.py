@@ -34,7 +34,9 @@ def measure(stage: Stage) -> Capacity:
         started = time.perf_counter()
         stage.run(state, StepInput(number=position + 1, position=position, hidden=hidden))
         seconds.append(time.perf_counter() - started)
-    return Capacity(1.0 / max(statistics.median(seconds), 1e-6), -(-state.cache.nbytes() // _RUNS))
+    size = stage.bytes_per_token(state)
+    stage.close(state)
+    return Capacity(1.0 / max(statistics.median(seconds), 1e-6), size)
 
 
 def cache_tokens(wanted: int | None, capacity: Capacity, available: int | None) -> int:

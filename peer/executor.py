@@ -1,13 +1,8 @@
-"""The one compute thread, and the only bridge between asyncio and torch.
-
-Work that takes less time than two hand-overs between threads runs where it comes from, in the loop, as long as the
-compute thread has nothing to do: there is never more than one piece of work at a time.
-"""
+"""The one compute thread, and the only bridge between asyncio and torch."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import threading
 import time
@@ -15,8 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-INLINE_SECONDS = 0.0  # work that takes less is not worth the hand-over
 
 Done = Callable[[Any, "BaseException | None"], None]
 
@@ -29,18 +22,10 @@ class Executor:
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
-        self._given = self._done = 0  # pieces of work; the loop counts the first, the thread the second
         self.busy = 0.0  # seconds of work done so far
 
-    def submit(self, work: Callable[[], Any], done: Done, expected: float = math.inf) -> None:
-        """Run `work()` after all that was given before, then `done(result, error)` in the loop.
-
-        `expected` is how many seconds it will take, as far as that is known.
-        """
-        if expected < INLINE_SECONDS and self._given == self._done:
-            done(*self._run(work))
-            return
-        self._given += 1
+    def submit(self, work: Callable[[], Any], done: Done) -> None:
+        """Run `work()` after all that was given before, then `done(result, error)` in the loop."""
         self._queue.put((work, done))
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -62,7 +47,6 @@ class Executor:
         while (item := self._queue.get()) is not None:
             work, done = item
             result, failure = self._run(work)
-            self._done += 1
             try:
                 self._loop.call_soon_threadsafe(done, result, failure)
             except RuntimeError:  # the loop was closed: nobody is left to tell

@@ -175,10 +175,13 @@ class Node:
     async def _serve(self, folder: Path, offer: Offer) -> None:
         from peer.capacity import available_memory, cache_tokens
         from peer.server import Server
+        from peer.stage import PAGE
 
         stage, capacity = await self.executor.run(lambda: self._load(folder, offer.span))
         tokens = cache_tokens(self.settings.cache_tokens, capacity, available_memory(stage.model.device))
-        self.leases.capacity = tokens
+        tokens = max(tokens - tokens % PAGE, PAGE)
+        self.leases.capacity, self.leases.page = tokens, PAGE
+        await self.executor.run(lambda: stage.reserve(tokens))
         self.server = Server(self.rpc, stage, self.executor, self.leases, offer.model)
         speed = capacity.tokens_per_second
         await self._publish(state=State.ONLINE, tokens_per_second=speed, cache_tokens=tokens, cache_free=tokens)
@@ -190,7 +193,7 @@ class Node:
         import torch
 
         from peer.capacity import measure
-        from peer.stage import Stage
+        from peer.stage import PAGE, Stage
         from swarm.model import load_stage
 
         if self.settings.threads:
@@ -202,7 +205,9 @@ class Node:
             device=self.settings.device,
             progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
         )
-        stage = Stage(model)
+        stage = Stage(model, tokens=PAGE)
+        if stage.model.unbatched:
+            log.info("sessions run one by one: %s", stage.model.unbatched)
         return stage, measure(stage)
 
     async def _publish(self, **changes: object) -> None:

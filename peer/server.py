@@ -110,7 +110,7 @@ class Server:
         if (message.start, message.end, message.batch) != (span.start, span.end, state.batch):
             raise WrongModel(f"the session has {state.batch} rows and blocks {span}; neither can change")
         length = max(message.max_length, state.length)  # what it holds stays, and stays leased
-        self._leases.grant(key, message.batch * length, self._clock())
+        self._leases.grant(key, self._leases.room(message.batch, length), self._clock())
         if session.client.link is not link:  # a client that lost its connection comes back on another
             session.client = Outlet(self._rpc, link)
         state.max_length = length
@@ -129,7 +129,7 @@ class Server:
             raise WrongModel(f"the peer hosts model {self._model[:12]}, not {message.model[:12]}")
         if message.end <= message.start or Span(message.start, message.end) not in self._stage.span:
             raise WrongModel(f"the peer hosts blocks {self._stage.span}, not {message.start}:{message.end}")
-        self._leases.grant(key, message.batch * message.max_length, self._clock())
+        self._leases.grant(key, self._leases.room(message.batch, message.max_length), self._clock())
         span = Span(message.start, message.end)
         try:
             state = await self._executor.run(lambda: self._stage.open(span, message.batch, message.max_length))
@@ -171,6 +171,7 @@ class Server:
             self._drop_history(session)
             if session.feeding is not None:
                 session.feeding.cancel()
+            self._executor.submit(lambda: self._stage.close(session.state), _closed)
         self._leases.release(key)
         if not self._sessions:
             self._empty.set()
@@ -202,7 +203,6 @@ class Server:
         self._executor.submit(
             lambda: self._stage.run(session.state, step),
             lambda output, error: self._ran(session, link, message, step, output, error),
-            self._stage.expected_seconds(step),
         )
 
     def _check_room(self, session: ServedSession, message: wire.Step) -> None:
@@ -354,6 +354,11 @@ class Server:
 
 def _unheard(error: RemoteError) -> None:
     """The client is gone: nobody is left to tell, and its lease will end."""
+
+
+def _closed(_: None, error: BaseException | None) -> None:
+    if error is not None:
+        log.error("a session's pages were not given back", exc_info=error)
 
 
 def step_message(

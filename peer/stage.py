@@ -1,17 +1,26 @@
-"""A span of blocks on a device, and the sessions whose keys and values it holds: a step in, hidden states out."""
+"""A span of blocks on a device, and the sessions whose keys and values it holds: steps in, hidden states out.
+
+What is ready of several sessions runs as one ragged forward (`swarm.ragged`), with keys and values in pages of one
+pool. Families that cannot be run so have a cache per session and run one by one.
+"""
 
 from __future__ import annotations
 
-import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from peer.pages import Pages, Tables
 from swarm.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, reorder, rollback
+from swarm.pool import Pool
+from swarm.ragged import Batch, Part
 from swarm.types import Span
+
+PAGE = 16  # positions
+DEFAULT_TOKENS = 16384  # of the pool, where nobody says otherwise
 
 
 @dataclass(slots=True)
@@ -26,74 +35,187 @@ class StepInput:
     mask: torch.Tensor | None = None  # [B, N], 1 for a token and 0 for padding
     replayed: bool = False  # it brings the session to where other stages are, over steps that were never seen here
 
+    def piece(self, start: int, end: int) -> StepInput:
+        """Its positions `start` to `end`, counted from its own first."""
+        if (start, end) == (0, self.hidden.shape[1]):
+            return self
+        ids, mask = self.position_ids, self.mask
+        return StepInput(
+            self.number,
+            self.position + start,
+            self.hidden[:, start:end],
+            self.rows if start == 0 else None,
+            None if ids is None else ids[:, start:end],
+            None if mask is None else mask[:, start:end],
+            self.replayed,
+        )
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class SessionState:
     """One session as this stage holds it. Only the compute thread touches it."""
 
     model: StageModel  # the part of the stage that it uses
     batch: int  # rows, at most
     max_length: int  # positions, at most
-    cache: SessionCache
+    tables: Tables | None = None  # its pages of the pool
+    cache: SessionCache | None = None  # or, for families that run one by one, a cache of its own
     number: int = 0  # of the last step that was run
     length: int = 0  # positions that it holds now
     rows: int = 0  # of the batch that it holds now
     mask: torch.Tensor | None = None  # [rows, length], None while there is no padding
 
+    def forget(self) -> None:
+        """Nothing was ever run in it."""
+        if self.tables is not None:
+            self.tables.truncate(0)
+        else:
+            self.cache = self.model.new_cache()
+        self.mask, self.length, self.number = None, 0, 0
+
+
+Work = tuple[SessionState, StepInput]
+
 
 class Stage:
-    """Blocks on a device. Not for two threads at once: `peer.executor` sees to that."""
+    """Blocks on a device. Not for two threads at once: `peer.executor` sees to that.
 
-    def __init__(self, model: StageModel) -> None:
+    Args:
+        model: the blocks.
+        tokens: positions that the pool has room for, of all sessions together.
+        dtype: of what the pool keeps; None for the blocks' own.
+    """
+
+    def __init__(self, model: StageModel, tokens: int = DEFAULT_TOKENS, dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.span = model.span
-        self._decode_seconds = math.inf  # of one position of one row, of late
+        self._dtype = dtype
+        self.reserve(tokens)
+
+    @property
+    def batches(self) -> bool:
+        """Whether steps of several sessions run together."""
+        return not self.model.unbatched
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many positions. For a stage without sessions."""
+        count = -(-tokens // PAGE)
+        self.pages = Pages(count, PAGE)
+        self.pool = Pool(count * PAGE, self.model.device, self._dtype)
 
     def open(self, span: Span, batch: int, max_length: int) -> SessionState:
         """An empty session over `span`, which may be a part of this stage's."""
         model = self.model.part(span)
-        return SessionState(model, batch, max_length, model.new_cache())
+        state = SessionState(model, batch, max_length)
+        if self.batches:
+            state.tables = Tables(self.pages, id(state), batch, max_length)
+        else:
+            state.cache = model.new_cache()
+        return state
+
+    def close(self, state: SessionState) -> None:
+        """Give back what the session holds."""
+        if state.tables is not None:
+            state.tables.close()
+
+    def bytes_per_token(self, state: SessionState) -> int:
+        """What a position of a session that has some takes in memory."""
+        if state.cache is not None:
+            return -(-state.cache.nbytes() // max(state.length, 1))
+        return self.pool.bytes_per_slot()
+
+    def run(self, state: SessionState, step: StepInput) -> torch.Tensor:
+        """`run_all` of one step, raising what went wrong."""
+        output = self.run_all([(state, step)])[0]
+        if isinstance(output, Exception):
+            raise output
+        return output
 
     @torch.inference_mode()
-    def run(self, state: SessionState, step: StepInput) -> torch.Tensor:
-        """Make `step` the session's content from its position on, and run it.
+    def run_all(self, works: Sequence[Work]) -> list[torch.Tensor | Exception]:
+        """Make each step its session's content from its position on, and run it. One step a session.
 
         Safe to call twice with the same step: the second time rewrites the same positions.
 
         Returns:
-            [B, N, H], in the stage's dtype.
-
-        Raises:
-            BeyondCache: it leaves a gap before it, or does not fit into the lease.
-            BadTensor: a wrong shape or dtype, or values that are not finite. The session is as it was.
+            For each step [B, N, H], in the stage's dtype, or what is wrong with it:
+            `BeyondCache` if it leaves a gap before it or does not fit into the lease; `BadTensor` for a wrong shape or
+            dtype, or values that are not finite. The session is then as it was.
         """
-        started = time.perf_counter()
-        self._check(state, step)
+        outcomes: list[torch.Tensor | Exception] = []
+        for state, step in works:
+            try:
+                self._check(state, step)
+                outcomes.append(step.hidden)
+            except (BeyondCache, BadTensor) as error:
+                outcomes.append(error)
+        good = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, torch.Tensor)]
+        for group in self._groups([(index, works[index]) for index in good]):
+            chosen = [works[index] for index in group]
+            for index, output in zip(group, self._attempt(chosen), strict=True):
+                outcomes[index] = output
+        return outcomes
+
+    def _groups(self, works: Sequence[tuple[int, Work]]) -> list[list[int]]:
+        """Which of them run in one forward: those over the same blocks."""
+        if not self.batches:
+            return [[index] for index, _ in works]
+        groups: dict[Span, list[int]] = {}
+        for index, (state, _) in works:
+            groups.setdefault(state.model.span, []).append(index)
+        return list(groups.values())
+
+    def _attempt(self, works: Sequence[Work]) -> Sequence[torch.Tensor | Exception]:
+        try:
+            outputs = self._run_together(works) if self.batches else [self._run_alone(*works[0])]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this batch's alone
+            for state, _ in works:  # some layers hold the new positions, some do not: only a replay can help
+                state.forget()
+            return [error] * len(works)
+        for state, step in works:
+            state.length = step.position + step.hidden.shape[1]
+            state.number = step.number
+        return outputs
+
+    def _run_together(self, works: Sequence[Work]) -> list[torch.Tensor]:
+        """One ragged forward: the rows of all steps one after another."""
+        model, device = works[0][0].model, self.model.device
+        parts, positions, hidden = list[Part](), list[int](), list[torch.Tensor]()
+        for state, step in works:
+            self._rewind(state, step)
+            parts += self._parts(state, step)
+            positions += _positions(step)
+            hidden.append(step.hidden.reshape(1, -1, model.hidden_size).to(device, model.dtype))
+        together = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
+        batch = Batch(parts, self.pool, model.span.start - self.span.start)
+        output = model.forward_batch(together, torch.tensor([positions], device=device), batch)
+        pieces = torch.split(output, [one.shape[1] for one in hidden], 1) if len(works) > 1 else [output]
+        return [piece.reshape(step.hidden.shape) for piece, (_, step) in zip(pieces, works, strict=True)]
+
+    def _parts(self, state: SessionState, step: StepInput) -> list[Part]:
+        """A part of the batch for each row, with room for what it adds."""
+        rows, count, _ = step.hidden.shape
+        end = step.position + count
+        tables, mask = state.tables, self._extended_mask(state, step)
+        assert tables is not None
+        self.pool.copy(tables.grow(step.position, end))
+        state.mask = mask
+        real = [None if mask is None or bool(mask[row].all()) else mask[row].bool() for row in range(rows)]
+        return [Part(step.position, count, tables.runs(row, end), real[row]) for row in range(rows)]
+
+    def _run_alone(self, state: SessionState, step: StepInput) -> torch.Tensor:
         self._rewind(state, step)
         mask = self._extended_mask(state, step)
-        try:
-            output = state.model.forward(
-                step.hidden.to(self.model.device, self.model.dtype),
-                position=step.position,
-                cache=state.cache,
-                attention_mask=mask,
-                position_ids=step.position_ids,
-            )
-        except BaseException:  # some layers hold the new positions, some do not: only a replay can help
-            state.cache, state.mask, state.length, state.number = state.model.new_cache(), None, 0, 0
-            raise
+        assert state.cache is not None
+        output = state.model.forward(
+            step.hidden.to(self.model.device, self.model.dtype),
+            position=step.position,
+            cache=state.cache,
+            attention_mask=None if mask is None else mask.to(self.model.device),
+            position_ids=step.position_ids,
+        )
         state.mask = mask
-        state.length = step.position + step.hidden.shape[1]
-        state.number = step.number
-        if step.hidden.shape[:2] == (1, 1):
-            seconds = time.perf_counter() - started
-            known = self._decode_seconds < math.inf
-            self._decode_seconds = 0.9 * self._decode_seconds + 0.1 * seconds if known else seconds
         return output
-
-    def expected_seconds(self, step: StepInput) -> float:
-        """How long `run` will take, going by what it took of late; infinite for what is not a single token."""
-        return self._decode_seconds if step.hidden.shape[:2] == (1, 1) else math.inf
 
     def _check(self, state: SessionState, step: StepInput) -> None:
         hidden = step.hidden
@@ -128,16 +250,30 @@ class Stage:
     def _rewind(self, state: SessionState, step: StepInput) -> None:
         """Forget what lies after the step's position, and continue the rows it names: once, however often it comes."""
         if step.position == 0:
-            state.cache, state.mask, state.rows = state.model.new_cache(), None, step.hidden.shape[0]
-        elif step.position < state.length:
-            rollback(state.cache, step.position)
+            state.rows = step.hidden.shape[0]
+            state.mask = None
+        if state.tables is not None:
+            state.tables.truncate(step.position)
+            if step.position == 0:
+                state.tables.set_rows(state.rows)
+        elif state.cache is not None:
+            if step.position == 0:
+                state.cache = state.model.new_cache()
+            elif step.position < state.length:
+                rollback(state.cache, step.position)
         state.length = step.position
         state.mask = state.mask[:, : step.position] if state.mask is not None else None
         if step.rows is not None and step.number == state.number + 1 and step.position:
-            index = torch.tensor(step.rows)
-            reorder(state.cache, index.to(self.model.device))
-            state.mask = state.mask[index] if state.mask is not None else None
-            state.number, state.rows = step.number, len(step.rows)
+            self._reorder(state, step.rows)
+            state.number = step.number
+
+    def _reorder(self, state: SessionState, rows: list[int]) -> None:
+        if state.tables is not None:
+            state.tables.reorder(rows)
+        elif state.cache is not None:
+            reorder(state.cache, torch.tensor(rows, device=self.model.device))
+        state.mask = state.mask[torch.tensor(rows)] if state.mask is not None else None
+        state.rows = len(rows)
 
     def _extended_mask(self, state: SessionState, step: StepInput) -> torch.Tensor | None:
         """[B, position + N], or None while there is no padding at all."""
@@ -149,7 +285,16 @@ class Stage:
             before = torch.ones(rows, step.position, dtype=torch.int64)
         if now is None:
             now = torch.ones(rows, count, dtype=torch.int64)
-        return torch.cat([before.to(torch.int64), now.to(torch.int64)], dim=1).to(self.model.device)
+        return torch.cat([before.to(torch.int64), now.to(torch.int64)], dim=1)
 
     def __repr__(self) -> str:
-        return f"<Stage {self.span} {self.model!r}>"
+        how = self.pages if self.batches else "one by one"
+        return f"<Stage {self.span} {self.model!r} {how!r}>"
+
+
+def _positions(step: StepInput) -> list[int]:
+    """For the rotary tables and their like, row after row."""
+    rows, count, _ = step.hidden.shape
+    if step.position_ids is not None:
+        return [int(each) for each in step.position_ids.flatten().tolist()]
+    return list(range(step.position, step.position + count)) * rows

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
     from swarm.caches import SessionCache
+    from swarm.ragged import Batch
     from swarm.skeleton import Skeleton
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
@@ -34,12 +35,14 @@ class StageModel:
         hidden_size: H, the last dimension of the hidden states.
         num_blocks: how many blocks the span has.
         supports_rollback: whether `rollback` can forget positions. Blocks with a recurrent state cannot.
+        unbatched: why many sessions cannot run in one forward of this family; empty where they can.
         model: the Hugging Face model around the blocks, without embeddings, final norm and head.
         config: its config, cut to the span.
     """
 
-    def __init__(self, skeleton: Skeleton, span: Span, device: str | torch.device) -> None:
+    def __init__(self, skeleton: Skeleton, span: Span, device: str | torch.device, unbatched: str = "") -> None:
         self.span = span
+        self.unbatched = unbatched
         self.num_blocks = len(span)
         self.dtype = skeleton.dtype
         self.device = torch.device(device)
@@ -50,6 +53,8 @@ class StageModel:
         self._parts: dict[Span, StageModel] = {}
         self.supports_rollback = not self.new_cache().is_stateful
         self._arguments = _accepted(type(self.model))
+        configs = [self.config, *(vars(module).get("config") for module in self.model.modules())]
+        self._configs = list({id(config): config for config in configs if config is not None}.values())
         self._true_input = self._output = _NOTHING
         self._splice(skeleton)
 
@@ -78,7 +83,7 @@ class StageModel:
             for block in skeleton.blocks:
                 block.__dict__.pop("forward", None)  # what `_splice` put there is this stage's
             skeleton.compact(Span(span.start - self.span.start, span.end - self.span.start))
-            self._parts[span] = StageModel(skeleton, span, self.device)
+            self._parts[span] = StageModel(skeleton, span, self.device, self.unbatched)
         return self._parts[span]
 
     @torch.inference_mode()
@@ -133,6 +138,35 @@ class StageModel:
             self.model(**{name: offered[name] for name in self._arguments})
             if cache is not None:
                 cache.length = position + hidden.shape[1]
+            return self._output
+        finally:
+            self._true_input = self._output = _NOTHING
+
+    @torch.inference_mode()
+    def forward_batch(self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Run the blocks over T tokens of many sessions at once; only where `unbatched` is empty.
+
+        Args:
+            hidden: [1, T, H], the new positions of all parts of `batch`, one part after another.
+            position_ids: [1, T], for the rotary tables and their like.
+            batch: whose they are, and where their keys and values are; takes the new ones in.
+
+        Returns:
+            [1, T, H]
+        """
+        from swarm.ragged import RaggedCache, running
+
+        offered = {
+            "inputs_embeds": hidden,
+            "attention_mask": None,
+            "position_ids": position_ids,
+            "use_cache": True,
+            **dict.fromkeys(CACHE_ARGUMENTS, RaggedCache()),
+        }
+        self._true_input = hidden
+        try:
+            with running(batch, self._configs):
+                self.model(**{name: offered[name] for name in self._arguments})
             return self._output
         finally:
             self._true_input = self._output = _NOTHING

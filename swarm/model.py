@@ -54,7 +54,7 @@ def load_stage(
     """
     checkpoint = Checkpoint(folder)
     config = checkpoint.config()
-    examine(config)
+    cut = examine(config)
     if span.end > num_blocks(config):
         raise UsageError(f"blocks {span} are not in {folder}: it has blocks 0:{num_blocks(config)}")
     skeleton = Skeleton(config, dtype)
@@ -62,7 +62,7 @@ def load_stage(
     _load(skeleton, checkpoint, device, progress)
     skeleton.compact(span)
     skeleton.settle(device)
-    return StageModel(skeleton, span, device)
+    return StageModel(skeleton, span, device, cut.unbatched)
 
 
 def load_ends(

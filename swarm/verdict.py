@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +25,14 @@ from swarm.checkpoint import cache_folder, canonical
 from swarm.errors import CannotCut
 from swarm.shrink import fewer_blocks, shrink
 from swarm.skeleton import Skeleton, model_class, num_blocks
+from swarm.together import Recording, why_apart
 from swarm.types import Span
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from transformers.configuration_utils import PreTrainedConfig
 
-_REVISION = 1  # of what is checked: a change makes earlier verdicts void
+_REVISION = 2  # of what is checked: a change makes earlier verdicts void
 _TOLERANCE = 2e-5  # of the largest value: what float32 rounding leaves is a tenth of it, a wrong cut far more
 _TOLERANCE_OF_PIECES = 2e-4  # the same, where a recurrence adds up in another order
 _MOST_WEIGHTS = 2**25  # of a copy that is tried, which has to fit beside everything else on the machine
@@ -46,9 +47,11 @@ class Cut:
 
     Attributes:
         returns: 0 if a block returns a tensor, otherwise the length of the tuple whose first item is the hidden states.
+        unbatched: why sessions have to run one by one, empty where many can run in one forward.
     """
 
     returns: int
+    unbatched: str = ""
 
 
 def check_cut(config: PreTrainedConfig) -> None:
@@ -127,7 +130,7 @@ def _compare(sample: _Sample) -> Cut:
         off = sample.off(_attempt(sample, "cut in stages", partial(sample.cut_in, spans)), expected)
         if not off <= _TOLERANCE:
             raise CannotCut(f"{sample.family}: cut in stages it computes something else (off by {off:.1e})")
-    return sample.cut
+    return replace(sample.cut, unbatched=why_apart(*sample.recorded(), _TOLERANCE))
 
 
 def _attempt(sample: _Sample, how: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -194,6 +197,24 @@ class _Sample:
         """The logits of the chain of stages of `spans`, prefilled in pieces."""
         return self.in_steps(_PIECES, _Chain(self, spans).step)
 
+    def recorded(self) -> tuple[StageModel, list[Recording]]:
+        """A stage of all blocks, and what it made of each row alone; the rows in different pieces and slots."""
+        chain = _Chain(self, [Span(0, self.count)])
+        self.in_steps(_PIECES, chain.step)
+        hidden, output = (torch.cat(tensors, 1) for tensors in zip(*chain.seen, strict=True))
+        pieces, runs = ((1, 2, 1, 7), _PIECES), ([(3, 40)], [(0, 2), (45, 46), (50, 64)])
+        return chain.stages[0], [
+            Recording(
+                hidden[row : row + 1],
+                output[row : row + 1],
+                self.positions[row : row + 1],
+                self.mask[row].bool(),
+                pieces[row],
+                runs[row],
+            )
+            for row in range(len(self.mask))
+        ]
+
     @torch.inference_mode()
     def in_steps(self, pieces: tuple[int, ...], step: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """What `step` gives for positions `start` to `end`, one piece after the other."""
@@ -230,6 +251,7 @@ class _Chain:
         self.ends.keep_ends(self._run, sample.cut.returns)
         self.cache = LengthCache()
         self.start = self.end = 0
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # what went in and came out, [B, N, H] each
 
     def step(self, start: int, end: int) -> torch.Tensor:
         self.start, self.end = start, end
@@ -238,8 +260,10 @@ class _Chain:
 
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:
         mask, positions = self.sample.mask[:, : self.end], self.sample.positions[:, self.start : self.end]
+        entered = hidden
         for stage, cache in zip(self.stages, self.caches, strict=True):
             hidden = stage.run(hidden, position=self.start, cache=cache, attention_mask=mask, position_ids=positions)
+        self.seen.append((entered, hidden))
         return hidden
 
 

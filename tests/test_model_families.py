@@ -1,7 +1,8 @@
 """Every family: cut in stages and ends it computes what it computes whole, or it is refused with the reason.
 
-The oracle is the uncut model of transformers. Models are tiny and random, with no weight left at zero or one, saved in
-several shards; sliding windows are shorter than the prompt, and one row of the batch is padded on the left.
+The oracle is the uncut model of transformers; a peer's engine, which runs several sessions at once, is held to it too.
+Models are tiny and random, with no weight left at zero or one, saved in several shards; sliding windows are shorter
+than the prompt, and one row of the batch is padded on the left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from peer.stage import Stage, StepInput
 from swarm.caches import LengthCache
 from swarm.errors import CannotCut
 from swarm.model import check_cut, load_ends, load_stage, num_blocks
@@ -211,7 +213,12 @@ def batch(length: int) -> dict[str, torch.Tensor]:
 @torch.inference_mode()
 def in_steps(model: PreTrainedModel, cache: Cache, pieces: tuple[int, ...]) -> torch.Tensor:
     """The logits of `model` for the batch, taken in `pieces`."""
-    inputs = batch(sum(pieces))
+    return logits_in_steps(model, cache, pieces, batch(sum(pieces)))
+
+
+def logits_in_steps(
+    model: PreTrainedModel, cache: Cache, pieces: tuple[int, ...], inputs: dict[str, torch.Tensor]
+) -> torch.Tensor:
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     logits = []
     for end, count in zip(itertools.accumulate(pieces), pieces, strict=True):
@@ -245,6 +252,67 @@ def compare(folder: Path, parts: int, oracle: tuple[int, ...]) -> None:
     assert answer.tolist() == whole.generate(**batch(PROMPT), **options).tolist()
 
 
+RHYTHMS = ((6, 1, 1, 3), (1, 7, 2, 1, 1), (4, 1, 1, 1, 1))  # positions per step of three sessions at once
+ALONE = {
+    *("bloom", "falcon", "gpt_neo", "gptj", "codegen", "mpt", "xglm", "biogpt"),  # attention of their own
+    *("diffllama", "doge"),  # they do more with the keys and values than to attend to them
+    *("lfm2", "lfm2_moe", "bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "qwen3_next"),  # states
+}
+"""Families whose sessions run one by one; that they do is found out, not listed."""
+
+
+@torch.inference_mode()
+def compare_engine(family: str, folder: Path) -> None:
+    """Sessions of different lengths, one of them of two rows with padding, that run at the same time in two stages."""
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hidden = list[torch.Tensor]()
+    ends = load_ends(folder, lambda states: hidden.append(states) or states, dtype=torch.float32)
+    inputs = [batch(sum(rhythm)) for rhythm in RHYTHMS]
+    inputs[:2] = [{name: value[:1] for name, value in each.items()} for each in inputs[:2]]
+    logits(ends, inputs)
+    engine = [Stage(load_stage(folder, span, dtype=torch.float32), 256) for span in split(num_blocks(whole.config), 2)]
+    assert all(stage.batches == (family not in ALONE) for stage in engine)
+    for stage in engine:
+        hidden = run_at_once(stage, hidden, inputs)
+    outputs = iter(hidden)
+    ends = load_ends(folder, lambda _: next(outputs), dtype=torch.float32)
+    for found, each, rhythm in zip(logits(ends, inputs), inputs, RHYTHMS, strict=True):
+        expected = logits_in_steps(whole, DynamicCache(config=whole.config), rhythm, each)
+        real = each["attention_mask"].bool()
+        assert float((found - expected)[real].abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def run_at_once(stage: Stage, hidden: list[torch.Tensor], inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    states = [stage.open(stage.span, len(each), each.shape[1]) for each in hidden]
+    outputs: list[list[torch.Tensor]] = [[] for _ in hidden]
+    for turn in range(max(map(len, RHYTHMS))):
+        works = []
+        for state, each, given, rhythm in zip(states, hidden, inputs, RHYTHMS, strict=True):
+            if turn < len(rhythm):
+                piece = slice(state.length, state.length + rhythm[turn])
+                mask = given["attention_mask"]
+                ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, piece]
+                step = StepInput(turn + 1, state.length, each[:, piece], None, ids, mask[:, piece])
+                works.append((state, step))
+        on = [index for index, rhythm in enumerate(RHYTHMS) if turn < len(rhythm)]
+        for index, output in zip(on, stage.run_all(works), strict=True):
+            assert isinstance(output, torch.Tensor), output
+            outputs[index].append(output)
+    for state in states:
+        stage.close(state)
+    assert stage.pages.used == 0
+    return [torch.cat(pieces, 1) for pieces in outputs]
+
+
+def logits(model: PreTrainedModel, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    found = []
+    for each in inputs:
+        ids = (each["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        offered = {"position_ids": ids} if "position_ids" in parameters(model) else {}
+        found.append(model(**each, use_cache=False, **offered).logits)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -256,6 +324,7 @@ def test_a_family_cut_is_the_family_whole(family: str, tmp_path: Path) -> None:
     save_tiny(family, RIGHT[family], tmp_path)
     for parts in (2, 3):
         compare(tmp_path, parts, oracle=(sum(PIECES),))
+    compare_engine(family, tmp_path)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -267,6 +336,7 @@ def test_another_family_is_right_or_refused(family: str, tmp_path: Path) -> None
             load_stage(tmp_path, Span(0, 1), dtype=torch.float32)
     else:
         compare(tmp_path, 3, oracle=PIECES)
+        compare_engine(family, tmp_path)
 
 
 def refusal(config: PreTrainedConfig) -> str | None:

@@ -1,0 +1,159 @@
+"""Many sessions in one forward, with beams, rollbacks, padding and scattered pages: each as if it were alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import save_llama
+
+from peer.stage import PAGE, SessionState, Stage, StepInput
+from swarm.errors import BadTensor, BeyondCache
+from swarm.model import StageModel, load_stage, reorder, rollback
+from swarm.pool import Pool
+from swarm.types import Span
+
+BLOCKS = 3
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> StageModel:
+    torch.set_num_threads(1)
+    folder: Path = tmp_path_factory.mktemp("llama")
+    save_llama(folder, num_hidden_layers=BLOCKS)
+    return load_stage(folder, Span(0, BLOCKS), dtype=torch.float32)
+
+
+def states(positions: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, positions, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def begun(stage: Stage, hidden: torch.Tensor, max_length: int = 64, span: Span | None = None) -> SessionState:
+    """A session that holds `hidden`."""
+    state = stage.open(span or stage.span, hidden.shape[0], max_length)
+    stage.run(state, StepInput(1, 0, hidden))
+    return state
+
+
+def test_prefills_and_decodes_of_several_sessions_run_together(model: StageModel) -> None:
+    stage = Stage(model, 256)
+    old, beams, new = begun(stage, states(20)), begun(stage, states(5, 3)), stage.open(stage.span, 2, 30)
+    caches = [model.new_cache() for _ in range(3)]
+    model.forward(states(20), position=0, cache=caches[0])
+    model.forward(states(5, 3), position=0, cache=caches[1])
+    steps = [StepInput(2, 20, states(1, 1, 1)), StepInput(2, 5, states(2, 3, 2)), StepInput(1, 0, states(11, 2, 3))]
+    outputs = stage.run_all(list(zip((old, beams, new), steps, strict=True)))
+    for output, step, cache in zip(outputs, steps, caches, strict=True):
+        assert isinstance(output, torch.Tensor)
+        torch.testing.assert_close(output, model.forward(step.hidden, position=step.position, cache=cache))
+
+
+def test_rows_that_are_picked_share_what_they_have_in_common(model: StageModel) -> None:
+    stage, cache = Stage(model, 1024), model.new_cache()
+    state = begun(stage, states(PAGE + 3, 3))
+    model.forward(states(PAGE + 3, 3), position=0, cache=cache)
+    for number, rows in enumerate(([2, 2, 1], [0, 0, 0], [1, 0, 2]), start=2):
+        position = PAGE + 1 + number
+        reorder(cache, torch.tensor(rows))
+        expected = model.forward(states(1, 3, number), position=position, cache=cache)
+        for _ in range(2):  # the second time it is the same step again
+            output = stage.run(state, StepInput(number, position, states(1, 3, number), rows))
+            torch.testing.assert_close(output, expected)
+    assert stage.pages.used < 6
+    stage.close(state)
+    assert stage.pages.used == 0
+
+
+def test_a_rollback_and_another_end(model: StageModel) -> None:
+    stage, cache = Stage(model, 256), model.new_cache()
+    state = begun(stage, states(40))
+    model.forward(states(40), position=0, cache=cache)
+    rollback(cache, 13)
+    output = stage.run(state, StepInput(2, 13, states(4, 1, 9)))
+    torch.testing.assert_close(output, model.forward(states(4, 1, 9), position=13, cache=cache))
+    assert stage.pages.used == 2
+
+
+def test_scattered_pages_are_as_good_as_pages_in_a_row(model: StageModel) -> None:
+    stage = Stage(model, 6 * PAGE)
+    blockers = [begun(stage, states(PAGE), PAGE) for _ in range(6)]
+    for blocker in blockers[::2]:
+        stage.close(blocker)
+    hidden = states(2 * PAGE + 5, seed=4)
+    state = stage.open(stage.span, 1, 3 * PAGE)
+    output = stage.run(state, StepInput(1, 0, hidden))
+    assert state.tables is not None
+    assert len(state.tables.runs(0, state.length)) == 3
+    torch.testing.assert_close(output, model.forward(hidden, position=0, cache=model.new_cache()))
+
+
+def test_sessions_over_parts_of_the_span_keep_to_their_own_blocks(model: StageModel) -> None:
+    stage = Stage(model, 256)
+    whole = begun(stage, states(6))
+    parts = [begun(stage, states(6, seed=5), span=Span(1, 2)), begun(stage, states(7, seed=6), span=Span(1, 3))]
+    steps = [StepInput(2, 6, states(1)), StepInput(2, 6, states(1, seed=7)), StepInput(2, 7, states(1, seed=8))]
+    outputs = stage.run_all(list(zip([whole, *parts], steps, strict=True)))
+    for span, before, step, output in zip(
+        (stage.span, Span(1, 2), Span(1, 3)),
+        (states(6), states(6, seed=5), states(7, seed=6)),
+        steps,
+        outputs,
+        strict=True,
+    ):
+        part = model.part(span)
+        hidden = torch.cat([before, step.hidden], 1)
+        expected = part.forward(hidden, position=0, cache=part.new_cache())[:, -1:]
+        assert isinstance(output, torch.Tensor)
+        torch.testing.assert_close(output, expected)
+
+
+def test_a_step_that_makes_no_sense_costs_the_others_nothing(model: StageModel) -> None:
+    stage = Stage(model, 256)
+    good, gap, bad = (begun(stage, states(4, seed=seed)) for seed in range(3))
+    works = [
+        (gap, StepInput(2, 9, states(1))),
+        (good, StepInput(2, 4, states(1))),
+        (bad, StepInput(2, 4, states(1) * torch.nan)),
+    ]
+    outcomes = stage.run_all(works)
+    assert [type(outcome) for outcome in outcomes] == [BeyondCache, torch.Tensor, BadTensor]
+    assert [state.length for state in (good, gap, bad)] == [5, 4, 4]
+
+
+def test_a_forward_that_fails_leaves_sessions_that_say_so(model: StageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(model, 256)
+    states_ = [begun(stage, states(4, seed=seed)) for seed in range(2)]
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward_batch", fail)
+        outcomes = stage.run_all([(state, StepInput(2, 4, states(1))) for state in states_])
+    assert [str(outcome) for outcome in outcomes] == ["out of memory"] * 2
+    assert [(state.number, state.length) for state in states_] == [(0, 0)] * 2
+    assert stage.pages.used == 0
+    stage.run(states_[0], StepInput(1, 0, states(4)))
+
+
+def test_the_pool_may_keep_less_precisely_than_the_blocks_compute(model: StageModel) -> None:
+    stage = Stage(model, 256, torch.bfloat16)
+    state = begun(stage, states(20))
+    output = stage.run(state, StepInput(2, 20, states(1)))
+    hidden = torch.cat([states(20), states(1)], 1)
+    expected = model.forward(hidden, position=0, cache=model.new_cache())[:, -1:]
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, atol=0.05, rtol=0.05)
+    assert not torch.equal(output, expected)
+
+
+def test_what_is_taken_out_of_the_pool_can_be_put_back_elsewhere() -> None:
+    pool = Pool(32)
+    keys, values = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 3)
+    pool.write(0, slice(4, 10), keys, values)
+    kept = pool.take_out([(4, 7), (7, 10)])
+    pool.put_back(kept, [(20, 24), (30, 32)])
+    found = pool.read(0, [(20, 24), (30, 32)], torch.float32)
+    torch.testing.assert_close(found, (keys, values))
