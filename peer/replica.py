@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
-STAGE = "stage"  # the group of all that only the replicas of one stage hold
-TIED = "tied"  # the group of an embedding that first and last stage share
+from swarm.layout import STAGE, TIED
+
+__all__ = ["STAGE", "TIED", "Replica"]
 
 
 class Replica(Protocol):

@@ -199,6 +199,12 @@ class NotReady(Refused):
     code = "not-ready"
 
 
+class SumLost(Refused):
+    """What the peer had counted in a round is gone: it failed in the middle of adding to it."""
+
+    code = "sum-lost"
+
+
 class BeyondCache(Refused):
     """A step that does not fit into what the session leased, or leaves a gap before it."""
 

@@ -9,7 +9,7 @@ out, and transformers' own loader fills the rest: it knows how names and layouts
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,18 +84,31 @@ class Skeleton:
     def blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.top.get_submodule(self.path))
 
-    def keep_span(self, span: Span) -> None:
-        """Take out everything that has weights but the blocks of `span`. Those keep their names until `compact`."""
-        module: nn.Module = self.top
-        for part in self.path.split("."):
-            for name, child in list(module.named_children()):
-                if name != part and next(child.parameters(), None) is not None:
-                    module.register_module(name, Elsewhere())
-            module = module.get_submodule(part)
+    def keep_span(self, span: Span, beside: Container[str] = frozenset()) -> None:
+        """Take out everything that has weights but the blocks of `span`, and the modules `beside` the list of blocks.
+
+        The blocks keep their names until `compact`.
+        """
+        for name in self.beside():
+            if name not in beside:
+                parent, _, child = name.rpartition(".")
+                self.top.get_submodule(parent).register_module(child, Elsewhere())
         for index in range(self.count):
             if index not in span:
                 self.blocks[index] = Elsewhere()
         self._forget_ties()
+
+    def beside(self) -> list[str]:
+        """The paths of the modules that have weights and lie beside the blocks, or beside what they lie in."""
+        found = []
+        module: nn.Module = self.top
+        above = ""
+        for part in self.path.split("."):
+            for name, child in module.named_children():
+                if name != part and next(child.parameters(), None) is not None:
+                    found.append(f"{above}{name}")
+            module, above = module.get_submodule(part), f"{above}{part}."
+        return found
 
     def compact(self, span: Span) -> None:
         """Leave only the blocks of `span`, numbered from 0, and of every list with an item per block their items."""
@@ -145,6 +158,11 @@ class Skeleton:
 
     def needed(self, names: Iterable[str]) -> list[str]:
         """Those of the checkpoint's `names` that make up the parameters that are left, by the loader's own rules."""
+        keys = self.resolver()
+        return [name for name in names if keys(name)]
+
+    def resolver(self) -> Callable[[str], set[str]]:
+        """What tells which of the parameters that are left a checkpoint's name means, by the loader's own rules."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -153,13 +171,12 @@ class Skeleton:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         here = self.top.state_dict()
 
-        def is_here(name: str) -> bool:
-            for rules in ((renamings, converters), ([], [])):
-                if rename_source_key(name, *rules, self.top.base_model_prefix, here)[0] in here:
-                    return True
-            return False
+        def keys(name: str) -> set[str]:
+            rules: tuple[tuple[Any, Any], ...] = ((renamings, converters), ([], []))
+            prefix = self.top.base_model_prefix
+            return {rename_source_key(name, *each, prefix, here)[0] for each in rules} & here.keys()
 
-        return [name for name in names if is_here(name)]
+        return keys
 
     def load(self, source: Mapping[str, Callable[[], torch.Tensor]], device: str | torch.device) -> None:
         """Load the parameters that are left, from `source`: the checkpoint's names, each with what reads the tensor.

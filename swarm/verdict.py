@@ -69,13 +69,18 @@ def examine(config: PreTrainedConfig) -> Cut:
     Raises:
         CannotCut: as `check_cut`.
     """
-    kept = cache_folder() / "cuts" / f"{_fingerprint(config)}.json"
+    return Cut(**remembered("cut", config, lambda: asdict(_try_cut(config))))
+
+
+def remembered(about: str, config: PreTrainedConfig, find_out: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `find_out` found out `about` models of this config: from the user's cache folder if it is there."""
+    kept = cache_folder() / "cuts" / f"{_fingerprint(config)}-{about}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or not readable: find out again
-        return Cut(**json.loads(kept.read_text()))
-    cut = _try_cut(config)
+        return dict(json.loads(kept.read_text()))
+    found = find_out()
     with contextlib.suppress(OSError):  # a read-only home costs time at the next start, no more
-        _write(kept, json.dumps(asdict(cut)))
-    return cut
+        _write(kept, json.dumps(found))
+    return found
 
 
 def _fingerprint(config: PreTrainedConfig) -> str:

@@ -1,0 +1,323 @@
+"""A stage of a run: micro-batches added up, rounds ended by a step that is the same everywhere, and checkpoints."""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import small_run, tokens
+
+from peer.checkpoints import Checkpoints
+from peer.optimizer import Optimizer, schedule_of
+from peer.training_stage import MicroBatch, TrainingStage
+from swarm.errors import BadTensor, DiskFull, ModelCorrupt, SumLost, UsageError
+from swarm.origin import byte_tokenizer, config_of, stage_of
+from swarm.run import Run
+from swarm.tensors import to_bytes
+
+LENGTH = 16
+
+
+def stages_of(run: Run, folder: Path | None = None, resume: bool = False) -> list[TrainingStage]:
+    """All stages of a run, at its beginning or where they were saved last."""
+    config = config_of(run, byte_tokenizer())
+    found = []
+    for index in range(len(run.stages)):
+        checkpoints = Checkpoints(folder, run, index, resume)
+        stage = TrainingStage(run, partial(stage_of, run, config, index), checkpoints)
+        stage.restore(stage.saved()[-1])
+        found.append(stage)
+    return found
+
+
+def digest(stage: TrainingStage) -> bytes:
+    return b"".join(bytes(to_bytes(tensor)) for _, tensor in stage.state())
+
+
+def batch_of(run: Run, index: int, round: int = 0) -> torch.Tensor:
+    return tokens(len(run.samples_of(index)), LENGTH, 259, seed=100 * round + index)
+
+
+def through(stages: list[TrainingStage], index: int, round: int = 0) -> float:
+    """One micro-batch forward and backward through all stages."""
+    ids = batch_of(stages[0].run, index, round)
+    inputs = [ids]
+    for stage in stages[:-1]:
+        inputs.append(stage.forward(MicroBatch(inputs[-1])))
+    loss, gradient = stages[-1].finish(MicroBatch(inputs[-1], ids), add=True)
+    for stage, given in zip(stages[-2::-1], inputs[-2::-1], strict=True):
+        assert gradient is not None
+        gradient = stage.backward(MicroBatch(given), gradient, add=True)
+    assert gradient is None
+    return loss
+
+
+def whole_round(stages: list[TrainingStage], round: int = 0) -> float:
+    """A round as replicas without others end it, clipped by the global norm."""
+    run = stages[0].run
+    loss = sum(through(stages, index, round) for index in range(run.micro_batches)) / run.batch.target
+    means: list[dict[str, torch.Tensor]] = [
+        {group: total / run.batch.target for group, total in stage.sums().items()} for stage in stages
+    ]
+    if len(stages) > 1 and "tied" in means[0]:
+        means[0]["tied"] = means[-1]["tied"] = means[0]["tied"] + means[-1]["tied"]
+    squares = sum(float(mean["stage"].square().sum()) for mean in means)
+    squares += float(means[0]["tied"].square().sum()) if "tied" in means[0] else 0.0
+    factor = min(1.0, run.optimizer.clip_norm / (squares**0.5 + 1e-12))
+    for stage, mean in zip(stages, means, strict=True):
+        stage.commit(mean, factor)
+    return loss
+
+
+def reference_curve(run: Run, rounds: int) -> list[float]:
+    """One process with transformers and torch alone: the whole batch of a round at once."""
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    config = config_of(run, byte_tokenizer())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train(False)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for index in range(len(run.stages)):
+            stage = stage_of(run, config, index)
+            for name, value in stage.parameters().items():
+                weights[stage.tied.get(name, name)].copy_(value)
+    table = run.optimizer
+    decaying = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [{"params": decaying, "weight_decay": table.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, betas=table.betas, eps=table.epsilon)
+    schedule: Any = get_scheduler(run.schedule.name, optimizer, run.schedule.warmup_rounds, run.rounds)
+    losses = []
+    for round in range(rounds):
+        ids = torch.cat([batch_of(run, index, round) for index in range(run.micro_batches)])
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), table.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "stages",
+    [("0:4",), ("0:2", "2:4"), pytest.param(("0:1", "1:3", "3:4"), marks=pytest.mark.slow)],
+    ids=["1", "2", "3"],
+)
+def test_the_loss_curve_is_that_of_one_process(stages: tuple[str, ...], tied: bool) -> None:
+    run = small_run(stages, tied=tied)
+    members = stages_of(run)
+    found = [whole_round(members, round) for round in range(8)]
+    assert found == pytest.approx(reference_curve(run, 8), abs=1e-4)
+
+
+def test_both_ends_of_a_tied_embedding_stay_equal() -> None:
+    members = stages_of(small_run(("0:2", "2:4"), tied=True))
+    for round in range(3):
+        whole_round(members, round)
+    ends = [member.optimizer.weights[member.optimizer.layout.groups["tied"]] for member in (members[0], members[-1])]
+    assert torch.equal(*ends)
+    assert ends[0].abs().sum() > 0
+
+
+def test_a_micro_batch_that_is_not_to_be_added_is_answered_all_the_same() -> None:
+    first, last = stages_of(small_run(("0:2", "2:4")))
+    ids = batch_of(first.run, 1)
+    hidden = first.forward(MicroBatch(ids))
+    loss, gradient = last.finish(MicroBatch(hidden, ids), add=True)
+    before = last.sums()["stage"].clone()
+    again, same = last.finish(MicroBatch(hidden, ids), add=False)
+    assert again == loss
+    assert gradient is not None
+    assert same is not None
+    assert torch.equal(gradient, same)
+    assert torch.equal(last.sums()["stage"], before)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels"),
+    [
+        (tokens(3, LENGTH), tokens(3, LENGTH)),  # two are a micro-batch
+        (tokens(2, LENGTH - 1), tokens(2, LENGTH - 1)),
+        (tokens(2, LENGTH).float(), tokens(2, LENGTH)),
+        (tokens(2, LENGTH) + 259, tokens(2, LENGTH)),
+        (tokens(2, LENGTH), tokens(2, LENGTH) + 259),
+        (tokens(2, LENGTH), None),
+        (tokens(2, LENGTH), tokens(2, LENGTH).int()),
+    ],
+)
+def test_what_cannot_be_a_micro_batch_is_refused(ids: torch.Tensor, labels: torch.Tensor | None) -> None:
+    (member,) = stages_of(small_run())
+    with pytest.raises(BadTensor):
+        member.finish(MicroBatch(ids, labels), add=True)
+    assert not member.sums()["stage"].any()
+
+
+def test_a_backward_that_fails_halfway_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    (member,) = stages_of(small_run())
+    through([member], 0)
+
+    def fail(*_: Any) -> None:
+        member.optimizer.gradient.add_(1.0)
+        raise MemoryError
+
+    monkeypatch.setattr(torch.autograd, "backward", fail)
+    with pytest.raises(SumLost, match="failed halfway"):
+        through([member], 1)
+    assert not member.sums()["stage"].any()
+
+
+def test_a_newcomer_that_takes_over_a_replicas_state_goes_on_like_it() -> None:
+    run = small_run()
+    (old,), (new,) = stages_of(run), stages_of(run)
+    whole_round([old], 0)
+    assert digest(old) != digest(new)
+    new.load(old.round, {name: tensor.clone() for name, tensor in old.state()})
+    assert digest(new) == digest(old)
+    for round in (1, 2):
+        assert whole_round([new], round) == whole_round([old], round)
+    assert digest(new) == digest(old)
+
+
+def test_a_state_that_cannot_be_is_refused_and_changes_nothing() -> None:
+    (member,) = stages_of(small_run())
+    before = digest(member)
+    good = {name: tensor.clone() for name, tensor in member.state()}
+    bad: list[dict[str, torch.Tensor]] = [
+        {},
+        good | {"weights": good["weights"][1:]},
+        good | {"exp_avg": good["exp_avg"].double()},
+        good | {"weights": good["weights"].index_fill(0, torch.tensor([3]), float("nan"))},
+        good | {"more": torch.zeros(1)},
+    ]
+    for state in bad:
+        with pytest.raises(BadTensor):
+            member.load(3, state)
+        assert (digest(member), member.round) == (before, 0)
+
+
+def test_sums_of_a_scaled_loss_are_not_scaled_even_between_two_attempts() -> None:
+    exact, scaled = (
+        stages_of(small_run(more=f'\n[precision]\ncompute = "{name}"\n'))[0] for name in ("float32", "float16")
+    )
+    assert scaled.optimizer.scale == 2.0**13
+    for member in (exact, scaled):
+        through([member], 0)
+        member.sums()
+        through([member], 1)
+    difference = (scaled.sums()["stage"] - exact.sums()["stage"]).norm() / exact.sums()["stage"].norm()
+    assert 0 < difference < 0.02
+
+
+def test_the_scale_halves_with_a_skipped_round_and_grows_with_good_ones() -> None:
+    (member,) = stages_of(small_run(more='\n[precision]\ncompute = "float16"\ngrowth_rounds = 2\n'))
+    member.skip()
+    assert (member.round, member.optimizer.scale) == (1, 2.0**12)
+    whole_round([member], 1)
+    whole_round([member], 2)
+    assert member.optimizer.scale == 2.0**13
+
+
+@pytest.mark.slow
+def test_bfloat16_learns() -> None:
+    run = small_run(more='\n[precision]\ncompute = "bfloat16"\n')
+    (member,) = stages_of(run)
+    losses = [whole_round([member], 0 if round == 0 else round) for round in range(8)]
+    assert losses == pytest.approx(reference_curve(run, 8), abs=0.05)
+
+
+def test_evaluating_counts_nothing() -> None:
+    (member,) = stages_of(small_run())
+    ids = batch_of(member.run, 0)
+    assert member.evaluate(MicroBatch(ids, ids)) == pytest.approx(through([member], 0), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("reduce_lr_on_plateau", "follows the loss"), ("cosin", "cannot be used like this")]
+)
+def test_a_schedule_that_cannot_be_used_is_refused(name: str, told: str) -> None:
+    from runs import run_text
+
+    from swarm.run import parse
+
+    with pytest.raises(UsageError, match=told):
+        schedule_of(parse(run_text().replace('"cosine"', f'"{name}"')))
+
+
+def test_a_stage_needs_four_numbers_for_a_weight() -> None:
+    """Weights, gradient and two moments: what averages comes on top, and activations."""
+    (member,) = stages_of(small_run())
+    optimizer: Optimizer = member.optimizer
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in member.state()}
+    held[optimizer.gradient.untyped_storage().data_ptr()] = optimizer.gradient.untyped_storage().nbytes()
+    for weight in member.model.parameters().values():
+        held[weight.untyped_storage().data_ptr()] = weight.untyped_storage().nbytes()
+    assert sum(held.values()) < 4 * 4 * optimizer.layout.size + 1024
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+SAVING = "\n[checkpoint]\nevery = 2\nkeep = 2\n"
+
+
+def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    run = small_run(("0:2", "2:4"), tied=True, more=SAVING)
+    stages = stages_of(run, tmp_path)
+    for round in range(5):
+        whole_round(stages, round)
+    expected = [whole_round(stages, round) for round in (5, 6)]
+    resumed = stages_of(run, tmp_path, resume=True)
+    assert [stage.round for stage in resumed] == [6, 6]
+    assert whole_round(resumed, 6) == expected[1]
+    assert list(map(digest, resumed)) == list(map(digest, stages))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = small_run(more=SAVING)
+    stages = stages_of(run, tmp_path)
+    for round in range(7):
+        whole_round(stages, round)
+    assert Checkpoints(tmp_path, run, 0, resume=True).rounds() == [4, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00000004", "round-00000006"]
+    assert Checkpoints(tmp_path, run, 0).rounds() == []  # without being asked to resume
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(more=SAVING)
+    stages = stages_of(run, tmp_path)
+    for round in range(2):
+        whole_round(stages, round)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"the beginning of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peer.checkpoints.save_file", full)
+    for round in range(2, 4):
+        whole_round(stages, round)
+    assert stages[0].round == 4
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(DiskFull, match=r"no checkpoint of round 4 in .*: the disk is full"):
+        Checkpoints(tmp_path, run, 0).save(4, stages[0].optimizer)
+
+
+def test_a_checkpoint_that_is_damaged_or_anothers_is_refused(tmp_path: Path) -> None:
+    run = small_run(more=SAVING)
+    stages = stages_of(run, tmp_path)
+    for round in range(2):
+        whole_round(stages, round)
+    other = small_run(more=SAVING, micro=3)
+    with pytest.raises(ModelCorrupt, match="of another run"):
+        stages_of(other, tmp_path, resume=True)
+    weights = tmp_path / "round-00000002" / "stage-0.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelCorrupt, match="cannot be read"):
+        stages_of(run, tmp_path, resume=True)
