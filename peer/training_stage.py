@@ -57,7 +57,7 @@ class TrainingStage:
     @torch.no_grad()
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """The hidden states [B, N, H] that go to the next stage. Raises `BadTensor`."""
-        self._check(batch)
+        batch = self._checked(batch)
         with self._precision():
             return self.model.forward(batch.inputs, batch.position_ids)
 
@@ -74,7 +74,7 @@ class TrainingStage:
         Raises:
             BadTensor: a wrong shape. SumLost: it failed halfway, and the whole sum is forgotten.
         """
-        self._check(batch)
+        batch = self._checked(batch)
         shape = [*batch.inputs.shape[:2], self.model.hidden_size]
         if list(gradient.shape) != shape or not gradient.is_floating_point():
             raise BadTensor(f"a gradient of shape {list(gradient.shape)}; {shape} is taken")
@@ -91,7 +91,7 @@ class TrainingStage:
 
         Raises as `backward`.
         """
-        self._check(batch)
+        batch = self._checked(batch)
         inputs = self._leaf(batch)
         loss = self._loss(batch, inputs)
         scaled = loss * self.optimizer.scale
@@ -100,7 +100,7 @@ class TrainingStage:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> float:
         """The sum of the samples' losses at the last stage, without a gradient."""
-        self._check(batch)
+        batch = self._checked(batch)
         return self._loss(batch, batch.inputs).item()
 
     def _loss(self, batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor:
@@ -124,6 +124,17 @@ class TrainingStage:
             self.void()
             raise SumLost(f"a backward failed halfway: {error}") from error
         return None if self.model.first else inputs.grad
+
+    def _checked(self, batch: MicroBatch) -> MicroBatch:
+        """`batch` on the stage's device."""
+        self._check(batch)
+        device = self.model.device
+        labels, ids = batch.labels, batch.position_ids
+        return MicroBatch(
+            batch.inputs.to(device),
+            None if labels is None else labels.to(device),
+            None if ids is None else ids.to(device),
+        )
 
     def _check(self, batch: MicroBatch) -> None:
         inputs, length = batch.inputs, self.run.batch.sequence_length

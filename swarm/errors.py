@@ -67,6 +67,10 @@ class SessionLost(LocalError):
     """A step failed again and again, whoever was asked."""
 
 
+class ModelDiverged(LocalError):
+    """A run was stopped: round after round, its loss or gradient was no finite number."""
+
+
 class Closed(LocalError):
     """The object was closed and cannot be used any more."""
 

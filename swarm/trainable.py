@@ -63,7 +63,9 @@ class TrainableStage:
         hidden_size: H. vocabulary: how many tokens there are.
     """
 
-    def __init__(self, skeleton: Skeleton, span: Span, ties: dict[str, str], device: str | torch.device) -> None:
+    def __init__(
+        self, skeleton: Skeleton, span: Span, ties: dict[str, str], device: str | torch.device, unbatched: str = ""
+    ) -> None:
         """`skeleton` holds what is left of the model, not yet compacted; `ties` as `cut_for_training`."""
         count = num_blocks(skeleton.config)
         self.span, self.first, self.last = span, span.start == 0, span.end == count
@@ -72,7 +74,7 @@ class TrainableStage:
         absolute = {id(weight): name for name, weight in skeleton.top.named_parameters()}
         skeleton.compact(span)
         skeleton.settle(device)
-        self.served = StageModel(_sharing(skeleton), span, device)
+        self.served = StageModel(_sharing(skeleton), span, device, unbatched)
         self.names = {name: absolute[id(weight)] for name, weight in skeleton.top.named_parameters()}
         self.hidden_size: int = self.served.hidden_size
         self.vocabulary: int = skeleton.config.vocab_size
@@ -151,7 +153,7 @@ def fresh_stage(config: PreTrainedConfig, span: Span, seed: int, device: str | t
     Raises:
         CannotCut: the model cannot be cut for training.
     """
-    return _fresh(config, span, seed, device, examine_ends(config))
+    return _fresh(config, span, seed, device, examine_ends(config), examine(config).unbatched)
 
 
 def load_stage(folder: Path, span: Span, device: str | torch.device = "cpu") -> TrainableStage:
@@ -171,14 +173,21 @@ def load_stage(folder: Path, span: Span, device: str | torch.device = "cpu") -> 
         if source in keys(name):
             stored[here] = name
     skeleton.load({name: partial(checkpoint.tensor, stored[name]) for name in stored}, device)
-    return TrainableStage(skeleton, span, ties, device)
+    return TrainableStage(skeleton, span, ties, device, examine(config).unbatched)
 
 
-def _fresh(config: PreTrainedConfig, span: Span, seed: int, device: str | torch.device, ends: Ends) -> TrainableStage:
+def _fresh(
+    config: PreTrainedConfig,
+    span: Span,
+    seed: int,
+    device: str | torch.device,
+    ends: Ends,
+    unbatched: str = "",
+) -> TrainableStage:
     skeleton = Skeleton(config, torch.float32)
     ties = cut_for_training(skeleton, span, ends)
     initialize(skeleton, ties, seed, device)
-    return TrainableStage(skeleton, span, ties, device)
+    return TrainableStage(skeleton, span, ties, device, unbatched)
 
 
 def cut_for_training(skeleton: Skeleton, span: Span, ends: Ends) -> dict[str, str]:

@@ -12,11 +12,12 @@ import torch
 from runs import small_run, tokens
 
 from peer.checkpoints import Checkpoints
-from peer.optimizer import Optimizer, schedule_of
+from peer.optimizer import Optimizer
 from peer.training_stage import MicroBatch, TrainingStage
 from swarm.errors import BadTensor, DiskFull, ModelCorrupt, SumLost, UsageError
 from swarm.origin import byte_tokenizer, config_of, stage_of
 from swarm.run import Run
+from swarm.schedule import schedule_of
 from swarm.tensors import to_bytes
 
 LENGTH = 16
