@@ -29,13 +29,21 @@ class Failed(Exception):
 
 
 class PeerProcess:
-    """One `peer` command in a process of its own."""
+    """One `peer` command in a process of its own.
 
-    def __init__(self, arguments: Sequence[str], log: Path, identity: Path) -> None:
+    Args:
+        within: a command that runs another, such as `ip netns exec NAME`.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, identity: Path, within: Sequence[str] = ()) -> None:
         self.log = log
         self.identity = identity
+        self.within = within
+        self.arguments = arguments
+        self._address: str | None = None
         self._asked = False
-        self._command = [str(Path(sys.executable).with_name("peer")), *arguments, "--identity", str(identity)]
+        peer = str(Path(sys.executable).with_name("peer"))
+        self._command = [*within, peer, *arguments, "--identity", str(identity)]
         self._log_handle = log.open("ab")
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
@@ -66,7 +74,15 @@ class PeerProcess:
         return Identity.from_bytes(self.identity.read_bytes()).peer
 
     def address(self, timeout: float = START_SECONDS) -> str:
-        """The address that it prints for others to join by. Raises `Failed` where it ends or says nothing."""
+        """The address that it prints for others to join by, once it is online.
+
+        Raises `Failed` where it ends or says nothing.
+        """
+        if self._address is None:
+            self._address = self._read_address(timeout)
+        return self._address
+
+    def _read_address(self, timeout: float) -> str:
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -83,6 +99,11 @@ class PeerProcess:
         """What it wrote to stderr so far."""
         return self.log.read_text(errors="replace")
 
+    @property
+    def wanted(self) -> bool:
+        """Whether nobody has ended it on purpose."""
+        return not self._asked
+
     def ask_to_end(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send the signal, once: a second one would make it drop everything at once."""
         if not self._asked and self.process.poll() is None:
@@ -92,6 +113,7 @@ class PeerProcess:
 
     def kill(self) -> None:
         """End it with SIGKILL, as a power cut would, and wait until it is gone."""
+        self._asked = True
         self.process.kill()
         self.process.wait()
 
@@ -115,13 +137,17 @@ class PeerProcess:
 
 
 class LocalSwarm:
-    """A bootstrap node and peers, each a process; a context manager that leaves nothing behind."""
+    """A bootstrap node and peers, each a process; a context manager that leaves nothing behind.
 
-    def __init__(self) -> None:
+    Attributes:
+        address: by which others join; of the bootstrap node, as long as nobody says otherwise.
+    """
+
+    def __init__(self, listen: str = "127.0.0.1:0") -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-local-")
         self.folder = Path(self._folder.name)
         self.peers: list[PeerProcess] = []
-        self.bootstrap_process = self._start("bootstrap", "--listen", "127.0.0.1:0")
+        self.bootstrap_process = self._start(["bootstrap", "--listen", listen])
         self._background = BackgroundLoop()
         self._discovery: Discovery | None = None
         try:
@@ -130,18 +156,21 @@ class LocalSwarm:
             self.close()
             raise
 
-    def _start(self, *arguments: str) -> PeerProcess:
+    def _start(self, arguments: Sequence[str], within: Sequence[str] = (), key: Path | None = None) -> PeerProcess:
         number = len(self.peers)
-        log, identity = self.folder / f"peer-{number}.log", self.folder / f"peer-{number}.key"
-        process = PeerProcess(arguments, log, identity)
+        log = self.folder / f"peer-{number}.log"
+        process = PeerProcess(arguments, log, key or self.folder / f"peer-{number}.key", within)
         self.peers.append(process)
         return process
 
-    def serve(self, model: str, *options: str, threads: int = 1) -> PeerProcess:
+    def serve(self, model: str, *options: str, threads: int = 1, within: Sequence[str] = ()) -> PeerProcess:
         """Start a peer for `model`; `options` as on the command line. Does not wait for it."""
-        return self._start(
-            "serve", model, "--initial-peers", self.address, "--threads", str(threads), *map(str, options)
-        )
+        joining = ["--initial-peers", self.address, "--threads", str(threads)]
+        return self._start(["serve", model, *joining, *options], within)
+
+    def again(self, peer: PeerProcess) -> PeerProcess:
+        """Start a peer that has ended once more, under its identity."""
+        return self._start(peer.arguments, peer.within, peer.identity)
 
     def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
         """What the swarm offers of the model now."""
@@ -159,7 +188,7 @@ class LocalSwarm:
             if not uncovered(offers, num_blocks) and len(offers) >= peers:
                 return offers
             for process in self.peers:
-                if process.process.poll() is not None:
+                if process.wanted and process.process.poll() is not None:
                     raise Failed(f"a peer ended:\n{process.output()}")
             time.sleep(0.1)
         logs = "\n".join(process.output() for process in self.peers)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 
 from peer.config import BootstrapSettings, ServeSettings
 from peer.node import Node, start_discovery
@@ -112,3 +112,17 @@ def running_swarm() -> Iterator[Swarm]:
         yield swarm
     finally:
         swarm.close()
+
+
+class AtStep(LogitsProcessor):
+    """Does something when the model has been asked so many times."""
+
+    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
+        self.actions = actions
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        if (action := self.actions.get(self.step)) is not None:
+            action()
+        return scores

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from inprocess import Swarm, running_swarm, save_llama
-from transformers import LogitsProcessor, LogitsProcessorList, set_seed
+from inprocess import AtStep, Swarm, running_swarm, save_llama
+from transformers import LogitsProcessorList, set_seed
 
 from peer.node import Node
 from swarm import SwarmModelForCausalLM
@@ -21,20 +21,6 @@ pytestmark = pytest.mark.slow
 
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])
 TOKENS = 14
-
-
-class AtStep(LogitsProcessor):
-    """Does something when the model has been asked so many times."""
-
-    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
-        self.actions = actions
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        if (action := self.actions.get(self.step)) is not None:
-            action()
-        return scores
 
 
 @pytest.fixture(scope="module")

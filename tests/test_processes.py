@@ -12,53 +12,21 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from commands import COMMAND_SECONDS, command, environment, refused, run, save_talking
-from processes import LocalSwarm, PeerProcess, terminated_like_interrupted
+from commands import COMMAND_SECONDS, command, environment, refused, run
+from hosts import BLOCKS, SLACK, Model, alive, clean_swarm, family, generated, make_model, offered, p2pd_of, until
+from processes import LocalSwarm, PeerProcess
 
 from swarm import SwarmCache, SwarmModelForCausalLM
-from swarm.checkpoint import Checkpoint
-from swarm.conversation import Conversation, load_tokenizer
 from swarm.errors import NoRoom
-from swarm.types import ModelId, Offer
 
 pytestmark = pytest.mark.alone
-
-BLOCKS = 6
-SLACK = 3.0  # seconds on top of what is promised, for a machine that does other things too
-
-
-@dataclass
-class Model:
-    """A tiny model that never ends an answer by itself, on disk and in memory."""
-
-    folder: Path
-    whole: Any
-
-    @property
-    def id(self) -> ModelId:
-        return Checkpoint(self.folder).model_id
-
-    def says(self, text: str, count: int) -> str:
-        """The greedy answer of the whole model."""
-        talk = Conversation(self.whole, load_tokenizer(str(self.folder)))
-        ids = torch.tensor([talk.encode(text)])
-        output = self.whole.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-        )
-        return str(talk.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def make_model(folder: Path, seed: int) -> Model:
-    return Model(folder, save_talking(folder, seed, max_position_embeddings=8192, eos_token_id=None))
 
 
 @pytest.fixture(scope="module")
@@ -74,54 +42,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def swarm(model: Model, small: Model) -> Iterator[LocalSwarm]:
-    """Two peers for each half of `model`, and one with a cache of 100 tokens for `small`."""
-    with terminated_like_interrupted(), LocalSwarm() as swarm:
+    """Two peers for each half of `model`, and one with a cache of 96 tokens for `small`."""
+    with clean_swarm() as swarm:
         for blocks in ("0:3", "3:6", "3:6"):
             swarm.serve(str(model.folder), "--blocks", blocks)
-        swarm.serve(str(small.folder), "--cache-tokens", "100", "--lease-seconds", "2")
+        swarm.serve(str(small.folder), "--cache-tokens", "96", "--lease-seconds", "2")
         swarm.wait_online(model.id, BLOCKS, 3)
         swarm.wait_online(small.id, BLOCKS, 1)
-        processes = [each for peer in swarm.peers for each in family(peer)]
-        folders = [folder for each in processes for folder in daemon_folders(each)]
-        assert folders
         yield swarm
-    assert not [each for each in processes if alive(each)]
-    assert not [folder for folder in folders if folder.exists()]
-
-
-def family(peer: PeerProcess) -> list[psutil.Process]:
-    """The peer's process and all that it started."""
-    if not psutil.pid_exists(peer.pid):
-        return []
-    parent = psutil.Process(peer.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def p2pd_of(peer: PeerProcess) -> psutil.Process:
-    """The DHT daemon of a peer."""
-    return next(each for each in family(peer) if each.name() == "p2pd")
-
-
-def daemon_folders(process: psutil.Process) -> list[Path]:
-    found = re.search(r"-listen=/unix(\S+)/control.sock", " ".join(process.cmdline()))
-    return [Path(found[1])] if found else []
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def until(true: Callable[[], Any], seconds: float) -> Any:
-    """Wait for what no event tells of; what it was at last."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
-
-
-def hosts(swarm: LocalSwarm, model: Model) -> dict[str, Offer]:
-    """Who offers the model, as a client that looks now sees it."""
-    return {offer.peer: offer for offer in swarm.offers(model.id, BLOCKS)}
 
 
 def connected(swarm: LocalSwarm, model: Model) -> Any:
@@ -131,14 +59,8 @@ def connected(swarm: LocalSwarm, model: Model) -> Any:
 def answer(swarm: LocalSwarm, model: Model) -> list[int]:
     """What the swarm says, through a client of this process."""
     with connected(swarm, model) as client:
-        ids = torch.tensor([[5, 6, 7]])
-        output: list[int] = client.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
-        )[0].tolist()
-    expected = model.whole.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
-    )
-    assert output == expected[0].tolist()
+        output = generated(client, 8)
+    assert output == model.continues(8)
     return output
 
 
@@ -168,15 +90,15 @@ def test_status_for_people_and_for_programs(swarm: LocalSwarm, model: Model, sma
     told = {each["model"]: each for each in json.loads(ended.stdout)}
     assert told.keys() == {model.id, small.id}
     assert told[small.id]["coverage"] == [1] * 6
-    assert told[small.id]["peers"][0]["cache_tokens"] == 100
+    assert told[small.id]["peers"][0]["cache_tokens"] == 96
     assert told[model.id]["complete"] is True
-    assert {peer["peer"] for peer in told[model.id]["peers"]} == hosts(swarm, model).keys()
+    assert {peer["peer"] for peer in told[model.id]["peers"]} == offered(swarm, model).keys()
 
 
 def test_blocks_that_nobody_hosts_are_named_and_waited_for(swarm: LocalSwarm, tmp_path: Path) -> None:
     other = make_model(tmp_path, 2)
     first = swarm.serve(str(other.folder), "--blocks", "0:2")
-    assert until(lambda: [each for each in hosts(swarm, other).values() if each.state == "online"], 30)
+    assert until(lambda: [each for each in offered(swarm, other).values() if each.state == "online"], 30)
     generate = ("swarm", "generate", other.folder, "hi", "--max-new-tokens", 5, "--initial-peers", swarm.address)
     assert refused(*generate).startswith("error: no online peer for blocks 2:6 of ")
     with started(*generate, "--wait", 60) as waiting:
@@ -265,7 +187,7 @@ def test_chat_in_a_terminal(swarm: LocalSwarm, model: Model) -> None:
 
 
 def test_one_name_in_the_dht_and_on_the_data_plane(swarm: LocalSwarm, model: Model) -> None:
-    served = hosts(swarm, model)
+    served = offered(swarm, model)
     for peer in swarm.peers[1:4]:
         assert stat.S_IMODE(peer.identity.stat().st_mode) == 0o600
         assert peer.peer in served
@@ -280,7 +202,7 @@ def test_ctrl_c_withdraws_the_offer(swarm: LocalSwarm, model: Model) -> None:
     leaving.process.send_signal(signal.SIGINT)
     code = leaving.process.wait(2.0 + SLACK)
     took = time.monotonic() - began
-    assert leaving.peer not in hosts(swarm, model), "a client that looks right after still sees it"
+    assert leaving.peer not in offered(swarm, model), "a client that looks right after still sees it"
     assert code == 0, leaving.output()
     assert took < 2.0 + SLACK
     assert not [each for each in processes if alive(each)]
@@ -306,7 +228,7 @@ def test_a_killed_daemon_is_replaced(swarm: LocalSwarm, model: Model) -> None:
     before = p2pd_of(peer)
     before.kill()
     assert until(lambda: not alive(before) and [p for p in family(peer) if p.name() == "p2pd" and p != before], 15)
-    assert until(lambda: peer.peer in hosts(swarm, model), 15)
+    assert until(lambda: peer.peer in offered(swarm, model), 15)
     answer(swarm, model)
     assert "the DHT daemon died" in peer.output()
 
@@ -331,7 +253,7 @@ def test_a_full_cache_is_told_at_once_and_a_vanished_client_frees_it(swarm: Loca
     with connected(swarm, small) as client:
         held = SwarmCache(max_length=95)
         client(ids, past_key_values=held)
-        assert re.search(r"asks for \d+ tokens of cache, 5 of 100 are free", refused(*generate, 5))
+        assert re.search(r"asks for \d+ tokens of cache, 0 of 96 are free", refused(*generate, 5))
         held.close()
         with started(*generate, 80) as vanishing:
             assert vanishing.stdout is not None
