@@ -118,6 +118,11 @@ class Member(Participant):
         return self.seated and self._held == self.round and not self._fetching
 
     @property
+    def held(self) -> int:
+        """The round at whose beginning the state is that is held; -1 for none."""
+        return self._held
+
+    @property
     def counted_indices(self) -> frozenset[int]:
         """The micro-batches in the sum."""
         return frozenset(self._counted)
@@ -167,7 +172,7 @@ class Member(Participant):
     # --- what was done -----------------------------------------------------------------------------------------------
 
     def holds(self, round_: int, digest: bytes, now: float) -> None:
-        """The state is now that of the beginning of `round_`; `digest` of it, empty where it was not computed."""
+        """The state is now that of the beginning of `round_`; `digest` of it, empty until it is computed."""
         self._held = round_
         self._digest = digest
         self._stepping = False

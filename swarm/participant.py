@@ -6,6 +6,7 @@ be done in `effects`. Whoever drives it (`peer.member`, a test) empties both.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -52,6 +53,7 @@ class Participant:
         self.coordinator: Coordinator | None = None  # if that is who this is
         self.coordinating: PeerId | None = None  # whom orders come from
         self.stopped = False
+        self.decided: deque[Decision] = deque(maxlen=64)  # what was heard of late, for whoever shows it
         self.outbox: list[tuple[PeerId, Message]] = []
         self._promised = 0  # the term below which nobody is obeyed
         self._accepted: Accepted | None = None
@@ -163,6 +165,7 @@ class Participant:
         self._promised = 0
         self._heard = now
         self.coordinating = PeerId(decision.roster.coordinator)
+        self.decided.append(decision)
         self.stopped = decision.outcome == "stop"
         self._entered(now)
         if decision.roster.coordinator == self.me and not self.stopped and self._can_coordinate():

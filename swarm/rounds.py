@@ -180,8 +180,8 @@ class Coordinator:
         self._heal_differing()
         complete = self._complete()
         self.assignments.count(complete, now)
-        ready = [self._is_ready(peer) for peer in self._living()]
-        if len(complete) == self.plan.count and all(ready):
+        known = all(self._is_ready(peer) and self._statuses[peer].digest for peer in self._living())
+        if len(complete) == self.plan.count and known:
             self.attempt += 1
             self._enter(Phase.CLOSE, now)
 

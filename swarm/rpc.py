@@ -317,6 +317,10 @@ class Rpc:
         connection.attach(link)
         return link
 
+    def link_to(self, peer: PeerId) -> Link | None:
+        """The link to `peer`, if there is one now."""
+        return self._links.get(peer)
+
     def tell(self, peer: PeerId, message: Message) -> None:
         """Notify `peer` in the background if there is a link to it; nobody waits, and nobody hears of a failure."""
         if (link := self._links.get(peer)) is not None:

@@ -18,7 +18,7 @@ MAX_TRAINERS = 256
 MAX_MICRO_BATCHES = 1 << 14  # of one round
 MAX_STAGES = 1024
 MAX_SAVED = 16  # rounds that a peer offers to begin from
-MAX_STATE_TENSORS = 4096
+MAX_STATE_TENSORS = 1 << 16
 MAX_GROUPS = 2  # that a member averages in: its stage's, and that of a tied embedding
 
 Round = Annotated[int, msgspec.Meta(ge=-1, le=1 << 40)]  # -1: what was before the first
@@ -158,7 +158,7 @@ class Status(Message, tag="status"):
     counted: Bits
     sums: Count  # the number of the sum that holds them: grows when one is forgotten
     report: Report | None
-    digest: Digest  # of parameters and optimizer state at the beginning of the round
+    digest: Digest  # of parameters and optimizer state at the beginning of the round; empty until it is computed
     bandwidth: Rate
 
 
@@ -262,4 +262,82 @@ class Join(Message, tag="join"):
     digest: Digest
 
 
+# --- gradients, from member to member (peer.averaging) ---------------------------------------------------------------
+
+
+class Piece(Message, tag="piece"):
+    """A chunk of a member's sum for the owner of that part of the vector, or of the owner's mean for a member.
+
+    Its body is the encoded values. The reply (`Done`) says that it is taken in: so few are on their way at once.
+    """
+
+    line: Key
+    round: Round
+    term: Term
+    attempt: Count
+    group: Name
+    start: Count  # in the group's vector
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]  # values
+    mean: bool
+
+
+# --- state, from a member to a newcomer (peer.transfer) --------------------------------------------------------------
+
+
+class OpenState(Message, tag="open-state"):
+    """The sender would have a copy of the state, and every step that is made after it."""
+
+    line: Key
+
+
+class StateOpened(Message, tag="state-opened"):
+    """The copy is made. The reply's body is its list of tensors, `length` the bytes of these, one after another."""
+
+    transfer: Key
+    round: Round  # at whose beginning it is the state
+    length: Count
+    digest: Digest
+
+
+class Entry(Message):
+    """One tensor of a state."""
+
+    name: Annotated[str, msgspec.Meta(max_length=256)]
+    spec: wire.TensorSpec
+
+
+class ReadState(Message, tag="read-state"):
+    """Some bytes of what is being transferred: of the state (`step` -1), or of the mean gradient of a round's step."""
+
+    transfer: Key
+    step: Round
+    start: Count
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 23)]
+
+
+class StateRead(Message, tag="state-read"):
+    """The body is what was asked for."""
+
+
+class NextStep(Message, tag="next-step"):
+    """Tell how `round` ended, as soon as it has."""
+
+    transfer: Key
+    round: Round
+
+
+class StepMade(Message, tag="step-made"):
+    """How it ended: `lengths` are the values of each group's mean gradient, to be read (fp32) one after another."""
+
+    decision: Decision
+    lengths: Annotated[list[tuple[Name, Count]], msgspec.Meta(max_length=MAX_GROUPS)]
+
+
+class CloseState(Message, tag="close-state"):
+    """The transfer is needed no longer."""
+
+    transfer: Key
+
+
+wire.carry(Piece, OpenState, StateOpened, ReadState, StateRead, NextStep, StepMade, CloseState)
 wire.carry(Order, Status, Take, Work, Elect, Granted, Propose, Agree, Chosen, Join)
