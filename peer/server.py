@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from peer.cache import Leases
+from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
 from peer.outlet import Failed, Outlet
+from peer.scheduler import Slice, Work
 from peer.stage import SessionState, Stage, StepInput
 from swarm import tensors, wire
 from swarm.errors import (
@@ -21,7 +23,6 @@ from swarm.errors import (
     Busy,
     Draining,
     Forgotten,
-    Internal,
     ProtocolError,
     RemoteError,
     ShoalError,
@@ -36,7 +37,7 @@ from swarm.types import ModelId, PeerId, SessionId, Span
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_STEPS = 256  # steps of one session that may wait for the compute thread
+MAX_WAITING_STEPS = 1024  # steps of one session that may wait for the compute thread
 REPLAY_POSITIONS = 256  # of a replayed step, at most: other sessions' steps go between
 FEED_SECONDS = 0.2  # between two times that spares are told what is new
 BACKUP_BYTES = 256 * 1024 * 1024  # of what was passed on, of all sessions together
@@ -54,10 +55,29 @@ class ServedSession:
         self.feeding: asyncio.TimerHandle | None = None
         self.history: History | None = History()  # what was passed on; None where that was too much to keep
         self.epoch = 0
-        self.waiting = 0  # steps given to the compute thread and not yet done
+        self.answering = 0, 0  # epoch and number of the step that is answered
+        self.answer: list[torch.Tensor] = []  # what the client wants of the step that is run in pieces
 
     def __repr__(self) -> str:
         return f"<ServedSession {self.key.hex()[:8]} {self.state.model.span} at {self.state.length}>"
+
+
+@dataclass(slots=True, eq=False)
+class Receipt:
+    """A step that came: where from, and whose it is. Told by the engine what comes of it."""
+
+    server: Server
+    session: ServedSession
+    link: Link
+    message: wire.Step
+
+    def deliver(self, piece: Slice, step: StepInput, outcome: Outcome) -> None:
+        """Part of `peer.engine.Receiver`, as is the next."""
+        self.server.ran(self, piece, step, outcome)
+
+    def keep(self, piece: Slice, step: StepInput, outcome: Outcome) -> None:
+        """Bookkeeping."""
+        self.server.ran_since(self, step, outcome)
 
 
 class Server:
@@ -75,6 +95,7 @@ class Server:
         self._rpc = rpc
         self._stage = stage
         self._executor = executor
+        self._engine = Engine(stage, executor, clock)
         self._leases = leases
         self._model = model
         self._clock = clock
@@ -96,6 +117,11 @@ class Server:
     def sessions(self) -> int:
         """How many sessions hold a lease."""
         return len(self._sessions)
+
+    @property
+    def turns(self) -> int:
+        """How many forwards there were so far."""
+        return self._engine.turns
 
     # --- opening and closing ---------------------------------------------------------------------------------------
 
@@ -154,7 +180,7 @@ class Server:
         if session.client.link is not link:
             session.client = Outlet(self._rpc, link)
         self._leases.renew(session.key, self._clock())
-        return wire.Alive(session.state.number, session.epoch, session.waiting)
+        return wire.Alive(session.state.number, session.epoch, self._engine.waiting(session.key))
 
     def _close(self, link: Link, message: wire.CloseSession, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) and session.client.peer == link.peer:
@@ -171,6 +197,7 @@ class Server:
             self._drop_history(session)
             if session.feeding is not None:
                 session.feeding.cancel()
+            self._engine.cancel(key)
             self._executor.submit(lambda: self._stage.close(session.state), _closed)
         self._leases.release(key)
         if not self._sessions:
@@ -191,7 +218,9 @@ class Server:
             return
         if message.epoch < session.epoch:
             return  # left over from before a retry
-        session.epoch = message.epoch
+        if message.epoch > session.epoch:
+            session.epoch = message.epoch
+            self._engine.cancel(session.key, _was_given_up)
         try:
             self._check_room(session, message)
             step = _step_input(message, body)
@@ -199,53 +228,73 @@ class Server:
             self._refuse(session.client.link, message, _blamed(error, link, session))
             return
         self._leases.renew(session.key, self._clock())
-        session.waiting += 1
-        self._executor.submit(
-            lambda: self._stage.run(session.state, step),
-            lambda output, error: self._ran(session, link, message, step, output, error),
+        rows, count, _ = message.hidden.shape
+        now = self._clock()
+        self._engine.add(
+            Work(
+                session=session.key,
+                client=session.client.peer,
+                rows=rows,
+                count=count,
+                arrived=now,
+                what=Job(session.state, step, Receipt(self, session, link, message)),
+                group=session.state.model.span,
+                deadline=now + self._leases.duration,
+            )
         )
 
     def _check_room(self, session: ServedSession, message: wire.Step) -> None:
         """Before anything is kept of it: whether the step can be taken at all."""
         outward = len(session.client) + (len(session.next) if session.next else 0)
-        if session.waiting + outward >= MAX_WAITING_STEPS:
+        if self._engine.waiting(session.key) + outward >= MAX_WAITING_STEPS:
             raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
         state = session.state
-        if len(message.hidden.shape) != 3:
+        if len(message.hidden.shape) != 3 or 0 in message.hidden.shape:
             raise BadTensor(f"hidden states of shape {message.hidden.shape}; [B, N, H] are taken")
         rows, count, _ = message.hidden.shape
         if rows > state.batch or message.position + count > state.max_length:
             end = message.position + count
             raise BeyondCache(f"{rows} rows to position {end}; {state.batch} to {state.max_length} are leased")
 
-    def _ran(
-        self,
-        session: ServedSession,
-        link: Link,
-        message: wire.Step,
-        step: StepInput,
-        output: torch.Tensor | None,
-        error: BaseException | None,
-    ) -> None:
-        session.waiting -= 1
-        if output is None:
-            self._refuse(session.client.link, message, _blamed(error or Internal("no output"), link, session))
+    def ran(self, receipt: Receipt, piece: Slice, step: StepInput, outcome: Outcome) -> None:
+        """A piece of a step was run, or not: pass on what came of it."""
+        session, message = receipt.session, receipt.message
+        if self._sessions.get(session.key) is not session:
             return
-        if message.replay != 1:
-            self._pass_on(session, message, step, output)
-        self._keep(session, step, output)
-        self.tokens += output.shape[0] * output.shape[1]
+        if isinstance(outcome, Exception):
+            self._refuse(session.client.link, message, _blamed(outcome, receipt.link, session))
+        elif message.replay != 1:
+            self._pass_on(session, message, step, outcome, message.more or not piece.is_last)
 
-    def _pass_on(self, session: ServedSession, message: wire.Step, step: StepInput, output: torch.Tensor) -> None:
+    def ran_since(self, receipt: Receipt, step: StepInput, outcome: Outcome) -> None:
+        """What is left to do when the next turn is under way."""
+        if self._sessions.get(receipt.session.key) is receipt.session and isinstance(outcome, torch.Tensor):
+            self._keep(receipt.session, step, outcome)
+            self.tokens += outcome.shape[0] * outcome.shape[1]
+
+    def _pass_on(
+        self, session: ServedSession, message: wire.Step, step: StepInput, output: torch.Tensor, more: bool
+    ) -> None:
         if session.next is not None:
             onward = replace(step, hidden=output)
             replay = max(message.replay - 1, 0)
-            header, body = step_message(session.key, message.epoch, message.keep, onward, replay)
+            header, body = step_message(session.key, message.epoch, message.keep, onward, replay, more)
             session.next.send(header, body, lambda error: self._refuse(session.client.link, message, error))
         elif not message.replay:
-            kept = output[:, -message.keep :] if message.keep else output
-            answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(kept))
-            session.client.send(answer, tensors.encode([kept]), _unheard)
+            self._answer(session, message, output, more)
+
+    def _answer(self, session: ServedSession, message: wire.Step, output: torch.Tensor, more: bool) -> None:
+        """Tell the client, once the last piece is there."""
+        if (message.epoch, message.number) != session.answering:
+            session.answering, session.answer = (message.epoch, message.number), []
+        session.answer.append(output)
+        wanted = session.answer[0] if len(session.answer) == 1 else torch.cat(session.answer, 1)
+        wanted = wanted[:, -message.keep :] if message.keep else wanted
+        session.answer = [wanted] if more and message.keep else session.answer
+        if not more:
+            answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(wanted))
+            session.client.send(answer, tensors.encode([wanted]), _unheard)
+            session.answer = []
 
     def _keep(self, session: ServedSession, step: StepInput, output: torch.Tensor) -> None:
         """Upstream backup: remember what was passed on, as long as there is room for it."""
@@ -275,8 +324,9 @@ class Server:
         session = self._of_client(link, message.session)
         if session.next is None:
             raise Forgotten("nothing comes after this hop")
-        # What was given to the compute thread before is part of the history, once it has been run.
-        await self._executor.run(lambda: None)
+        if message.epoch > session.epoch:
+            self._engine.cancel(session.key, _was_given_up)
+        await self._engine.settled(session.key)  # what came before is part of the history, once it has been run
         history = session.history
         if history is None or history.length < message.end:
             raise Forgotten(f"{history.length if history else 0} of {message.end} positions are kept")
@@ -356,13 +406,19 @@ def _unheard(error: RemoteError) -> None:
     """The client is gone: nobody is left to tell, and its lease will end."""
 
 
+def _was_given_up(work: Work) -> bool:
+    """Of a session that came to a new epoch: a replay is not sent again, all else is."""
+    receipt: Receipt = work.what.receiver
+    return receipt.message.replay == 0
+
+
 def _closed(_: None, error: BaseException | None) -> None:
     if error is not None:
         log.error("a session's pages were not given back", exc_info=error)
 
 
 def step_message(
-    key: bytes, epoch: int, keep: int, step: StepInput, replay: int = 0
+    key: bytes, epoch: int, keep: int, step: StepInput, replay: int = 0, more: bool = False
 ) -> tuple[wire.Step, Sequence[Buffer]]:
     """A step as it goes to the next hop."""
     extras = [extra for extra in (step.position_ids, step.mask) if extra is not None]
@@ -377,6 +433,7 @@ def step_message(
         None if step.position_ids is None else tensors.spec_of(step.position_ids),
         None if step.mask is None else tensors.spec_of(step.mask),
         replay,
+        more,
     )
     return header, tensors.encode([step.hidden, *extras])
 

@@ -34,6 +34,7 @@ from swarm.types import ModelId, Offer, Span
 if TYPE_CHECKING:
     from swarm.conversation import Answer, Conversation
     from swarm.discovery import Discovery
+    from swarm.speculation import Counts
 
 app = typer.Typer(
     name="swarm",
@@ -67,6 +68,16 @@ TopP = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
 StandbyCount = Annotated[
     int, typer.Option("--standby", min=0, help="Spares that follow at each hop, so that a death there costs nothing.")
+]
+SpeculateHow = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        metavar="HOW",
+        help="Draft tokens here, and have several checked in one trip along the chain; the answer stays the same. "
+        "auto: from the text itself, where that is worth it; lookup: whenever that can be; draft:NAME: with the small "
+        "model NAME; off: never.",
+    ),
 ]
 Wait = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks that nobody hosts yet.")
@@ -109,6 +120,7 @@ def generate(
     ] = False,
     wait: Wait = 0.0,
     standby: StandbyCount = 0,
+    speculate: SpeculateHow = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
@@ -120,7 +132,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        with _talking_to(model_name, initial_peers, wait, standby) as conversation:
+        with _talking_to(model_name, initial_peers, wait, standby, speculate) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), _write, **options)
             _write("\n")
@@ -140,13 +152,14 @@ def chat(
     seed: Seed = None,
     wait: Wait = 0.0,
     standby: StandbyCount = 0,
+    speculate: SpeculateHow = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
     set_up_logging(verbose)
     with suppress(ImportError):  # there is none for Windows
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
-    with errors_told(), _talking_to(model_name, initial_peers, wait, standby) as conversation:
+    with errors_told(), _talking_to(model_name, initial_peers, wait, standby, speculate) as conversation:
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
         messages = list(begin)
@@ -177,8 +190,13 @@ def status(
 
 
 @contextmanager
-def _talking_to(model_name: str, initial_peers: list[str], wait: float, standby: int) -> Iterator[Conversation]:
+def _talking_to(
+    model_name: str, initial_peers: list[str], wait: float, standby: int, speculate: str
+) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
+    from swarm.speculation import Speculate
+
+    Speculate.parse(speculate)  # before anything is fetched
     bars = ProgressBars()
     try:
         bars(f"joining the swarm of {model_name}", 0, 0)
@@ -190,7 +208,12 @@ def _talking_to(model_name: str, initial_peers: list[str], wait: float, standby:
 
         tokenizer = load_tokenizer(str(folder))
         model: Any = SwarmModelForCausalLM.from_pretrained(
-            folder, initial_peers=initial_peers, wait=wait, standby=standby, on_missing=_tell_missing
+            folder,
+            initial_peers=initial_peers,
+            wait=wait,
+            standby=standby,
+            speculate=speculate,
+            on_missing=_tell_missing,
         )
     finally:
         bars.stop()
@@ -260,8 +283,17 @@ def _write(text: str) -> None:
 def _print_summary(answer: Answer) -> None:
     count = len(answer.tokens)
     speed = f", {answer.tokens_per_second:.1f} tokens/s" if count > 1 else ""
-    text = f"{count} tokens{speed}, first after {answer.first_seconds:.2f} s, by {answer.route}"
+    first = f", first after {answer.first_seconds:.2f} s"
+    text = f"{count} tokens{speed}{first}{_speculated(answer.counts)}, by {answer.route}"
     console.print(Text(text, style="dim"), soft_wrap=True)
+
+
+def _speculated(counts: Counts) -> str:
+    """What drafts were worth; nothing where there were none."""
+    if not counts.drafted:
+        return ""
+    trip = f", {counts.tokens / counts.trips:.1f} tokens a trip" if counts.trips else ""
+    return f"{trip}, {counts.accepted} of {counts.drafted} drafted tokens accepted"
 
 
 # --- status --------------------------------------------------------------------------------------------------------

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.caches import LengthCache
+from swarm.caches import LengthCache, SessionCache
 from swarm.checkpoint import Checkpoint
+from swarm.decoding import SpeculatingMixin
+from swarm.drafting import load_draft_model
 from swarm.errors import ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
 from swarm.network import Network, Waiting
 from swarm.session import Session, StepMeta
+from swarm.speculation import Speculate, Tuner
 from swarm.types import ModelId, Route, Span
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class SwarmCache(LengthCache):
     Attributes:
         max_length: positions to lease when the session opens; it grows where that is not enough.
         session: None until the first forward.
+        tuner: what the session's trips cost and what drafts were worth, and how many tokens they brought.
     """
 
     is_compileable = False
@@ -45,6 +49,7 @@ class SwarmCache(LengthCache):
         super().__init__()
         self.max_length = max_length
         self.session: Session | None = None
+        self.tuner = Tuner()
         self.rows: list[int] | None = None  # which earlier rows the next step's rows continue
         self.padded = False  # whether some position was masked out
         self._inputs: list[torch.Tensor] = []  # the token ids that were run, [B, N] each
@@ -128,6 +133,7 @@ class Chain:
         config: PreTrainedConfig,
         waiting: Waiting,
         standby: int,
+        speculate: Speculate,
     ) -> None:
         self.background = background
         self.network = network
@@ -136,6 +142,9 @@ class Chain:
         self.context = context_of(config)
         self.waiting = waiting
         self.standby = standby
+        self.speculate = speculate
+        self.draft_model: PreTrainedModel | None = None
+        self.rewindable = not SessionCache(config, Span(0, self.num_blocks)).is_stateful
         self.call = _Call()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -213,10 +222,25 @@ def _unusual_mask(mask: torch.Tensor | None, cache: SwarmCache, count: int) -> t
     return mask.to("cpu", torch.uint8).contiguous()
 
 
-class SwarmMixin:
+class SwarmMixin(SpeculatingMixin):
     """What a family's class gets when its blocks are the swarm. Not for use on its own."""
 
     chain: Chain
+
+    @property
+    def speculate(self) -> Speculate:
+        """Whether tokens are drafted, and with what."""
+        return self.chain.speculate
+
+    @property
+    def draft_model(self) -> PreTrainedModel | None:
+        """With what they are, where that is a model."""
+        return self.chain.draft_model
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether positions can be taken back: not where blocks fold the past into a state."""
+        return self.chain.rewindable
 
     def _bind(self, given: dict[str, Any]) -> dict[str, Any]:
         """Note what the blocks have to know of a forward's arguments; returns the arguments with a cache in them."""
@@ -240,8 +264,11 @@ class SwarmMixin:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
     ) -> None:
         """Called by `generate()`: the session's cache, sized for the whole answer."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SwarmCache(max_cache_length + 1)
+        elif isinstance(cache, SwarmCache):
+            cache.max_length = max(cache.max_length, max_cache_length + 1)
 
     def _supports_default_dynamic_cache(self) -> bool:
         return True
@@ -284,6 +311,7 @@ class SwarmModelForCausalLM:
         wait: float = 0.0,
         failover_wait: float = 10.0,
         standby: int = 0,
+        speculate: str = "off",
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
@@ -294,12 +322,17 @@ class SwarmModelForCausalLM:
             wait: seconds to wait for blocks that nobody hosts, before `NoRoute` is raised.
             failover_wait: the same, in the middle of an answer whose host has gone; at least `wait`.
             standby: how many spares follow at each hop, so that a failover costs no prefill.
+            speculate: "auto" drafts tokens from the text where that is worth it, so that a trip along the chain may
+                bring several; "lookup" whenever it can; "draft:NAME" with the small model NAME, here; "off" never.
+                The tokens are the same, sampled ones with the same seed too.
             on_missing: told which blocks are waited for, each time they change.
 
         Raises:
             ModelNotFound, ModelCorrupt, CannotCut: the model cannot be had or cannot be cut.
             CannotJoin: none of the initial peers can be reached.
+            UsageError: `speculate` is none of these, or NAME reads another tokenizer's tokens.
         """
+        drafts = Speculate.parse(speculate)
         folder = resolve(str(name))
         checkpoint = Checkpoint(folder)
         background = BackgroundLoop()
@@ -307,7 +340,9 @@ class SwarmModelForCausalLM:
             network = background.run(Network.start(list(initial_peers)))
             background.at_close(network.close)
             waiting = Waiting(wait, failover_wait, on_missing)
-            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby)
+            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
+            if drafts.name:
+                chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
         except BaseException:
             background.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from swarm.client import SwarmCache, context_of
 from swarm.errors import UsageError
 from swarm.hub import resolve
+from swarm.speculation import Counts
 from swarm.types import Route
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Answer:
     seconds: float  # from sending the prompt to the last token
     first_seconds: float  # to the first token
     route: str
+    counts: Counts  # what trips along the chain brought
     history: list[int] = field(default_factory=list)  # every token that the session holds, prompt included
 
     @property
@@ -91,7 +93,7 @@ class Conversation:
         if self.context and (room := self.context - len(prompt)) < generation.get("max_new_tokens", 0):
             generation["max_new_tokens"] = room
         cache = self._continued(prompt) if generation.get("num_beams", 1) == 1 else SwarmCache()
-        ids = torch.tensor([prompt])
+        ids, before = torch.tensor([prompt]), replace(cache.tuner.counts)
         try:
             output = self.model.generate(
                 ids,
@@ -104,7 +106,8 @@ class Conversation:
             cache.close()
             self._cache = None
             raise
-        return self._finish(output, prompt, cache, watch, streamer is None, on_text)
+        counts = cache.tuner.counts.since(before)
+        return self._finish(output, prompt, cache, watch, counts, on_text if streamer is None else None)
 
     def _finish(
         self,
@@ -112,16 +115,16 @@ class Conversation:
         prompt: list[int],
         cache: SwarmCache,
         watch: _Watch,
-        silent: bool,
+        counts: Counts,
         on_text: Callable[[str], None] | None,
     ) -> Answer:
         tokens = output[len(prompt) :]
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        if silent and on_text is not None:
+        if on_text is not None:
             on_text(text)
         self._cache, self._seen = cache, output[: cache.length]
         seconds = time.perf_counter() - watch.started
-        return Answer(text, tokens, len(prompt), seconds, watch.first or seconds, str(cache.route), output)
+        return Answer(text, tokens, len(prompt), seconds, watch.first or seconds, str(cache.route), counts, output)
 
     def _continued(self, prompt: list[int]) -> SwarmCache:
         """The session of the last answer, cut to what it has in common with `prompt`; a new one if that is nothing."""

@@ -195,7 +195,7 @@ class Skeleton:
             weight_mapping=cast(Any, get_model_conversion_mapping(self.top)),
         )
         tensors = {name: _Lazy(read) for name, read in source.items()}
-        with _without_progress_bars():
+        with without_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.top, tensors, settings)
         _refuse_damage(self.top, info)
         self.top.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -339,7 +339,8 @@ def _refuse_damage(top: PreTrainedModel, info: Any) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing over what the terminal shows."""
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():

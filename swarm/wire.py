@@ -152,6 +152,9 @@ class Step(Message, tag="step"):
     over from an earlier one is dropped. `keep` is how many trailing positions the client wants answered, 0 for all.
 
     A replayed step brings a hop to where the others are: it goes through `replay` hops and is not answered.
+
+    A long step may be passed on in pieces, so that the hops work at the same time: they have its number, follow one
+    another in position, and only the last of them does not say that there is `more`.
     """
 
     session: Key
@@ -164,6 +167,7 @@ class Step(Message, tag="step"):
     position_ids: TensorSpec | None  # [batch, positions], None for position, position + 1, ...
     mask: TensorSpec | None  # [batch, positions], 1 for a token and 0 for padding; None for no padding
     replay: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    more: bool = False
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of the body, in their order."""

@@ -13,6 +13,8 @@ import pytest
 import uvloop
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other in circles where cores are few
+
 settings.register_profile("shoal", deadline=None)  # other work on the machine is no failure
 settings.load_profile("shoal")
 

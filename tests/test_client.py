@@ -14,7 +14,7 @@ from inprocess import Swarm, running_swarm, save_llama
 from transformers import DynamicCache, set_seed
 
 from swarm import SwarmCache, SwarmModelForCausalLM
-from swarm.errors import CannotJoin, NoRoom, NoRoute, UsageError
+from swarm.errors import CannotJoin, ModelNotFound, NoRoom, NoRoute, UsageError
 
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -80,6 +80,17 @@ def test_generate_with_an_assistant(whole: Any, model: Any, tmp_path: Path) -> N
     for assistant in (save_llama(tmp_path, seed=1, num_hidden_layers=1), whole):
         expected, found = both(whole, model, PROMPT, assistant_model=assistant, **GREEDY)
         assert found.tolist() == expected.tolist()
+
+
+def test_drafts_of_a_small_model_and_whose_tokens_they_are(tmp_path: Path, swarm: Swarm, folder: Path) -> None:
+    """Which model drafts is told from its tokenizer, before anything of the swarm is waited for."""
+    with pytest.raises(ModelNotFound):
+        swarm_model(folder, swarm, speculate=f"draft:{tmp_path / 'nothing'}")
+    save_llama(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        swarm_model(folder, swarm, speculate=f"draft:{tmp_path}")
+    with pytest.raises(UsageError, match="draft:NAME"):
+        swarm_model(folder, swarm, speculate="sometimes")
 
 
 def test_a_left_padded_batch_of_different_lengths(whole: Any, model: Any) -> None:

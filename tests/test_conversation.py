@@ -10,10 +10,12 @@ import pytest
 import torch
 from commands import save_talking
 from inprocess import Swarm, running_swarm
+from transformers import set_seed
 
 from swarm import SwarmModelForCausalLM
 from swarm.conversation import Conversation, load_tokenizer
 from swarm.errors import NoRoom, UsageError
+from swarm.speculation import Counts
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 
@@ -104,6 +106,36 @@ def test_turns_share_a_session_and_read_only_what_is_new(conversation: Conversat
     assert conversation._cache.session is session is not None
     read = [node.server.tokens - count for node, count in zip(swarm.nodes, before, strict=True) if node.server]
     assert max(read) < len(prompt)
+
+
+@pytest.fixture
+def drafting(folder: Path, swarm: Swarm) -> Iterator[Conversation]:
+    options: dict[str, Any] = {"initial_peers": [swarm.address], "speculate": "lookup"}
+    with SwarmModelForCausalLM.from_pretrained(folder, **options) as model:
+        yield Conversation(model, load_tokenizer(str(folder)))
+
+
+def test_a_talk_with_drafts_is_the_same_talk(drafting: Conversation, conversation: Conversation) -> None:
+    """Turn by turn, stopped in the middle of one, sampled with a seed; and what the drafts brought is told."""
+    greedy, sampled = {"max_new_tokens": 40, "do_sample": False}, {"max_new_tokens": 30, "do_sample": True}
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    for options in (greedy, sampled, greedy):
+        messages = [{"role": "user", "content": "abc abc abc"}]
+        for turn in ("and abc?", "no"):
+            answers = []
+            for each in (conversation, drafting):
+                set_seed(3)
+                answers.append(each.answer(each.encode(messages), **options))
+            plain, drafted = answers
+            assert drafted.tokens == plain.tokens
+            assert plain.counts == Counts()
+            assert drafted.counts.drafted >= drafted.counts.accepted >= len(plain.tokens) - drafted.counts.trips - 1
+            messages += [{"role": "assistant", "content": plain.text}, {"role": "user", "content": turn}]
+        with pytest.raises(KeyboardInterrupt):
+            drafting.answer(drafting.encode(messages), stop, **greedy)
 
 
 def test_another_talk_begins_a_new_session(conversation: Conversation, whole: Any) -> None:

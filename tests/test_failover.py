@@ -128,11 +128,16 @@ def test_an_answer_that_cannot_go_on_carries_what_there_is(folder: Path, whole: 
         assert caught.value.generated.tolist()[0] == generate(whole)[0][: PROMPT.shape[1] + 4]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_standby_takes_over(folder: Path, whole: Any, swarm: Swarm, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "speculate"),
+    [({}, "off"), ({"num_beams": 3}, "off"), ({}, "lookup"), ({"do_sample": True, "top_k": 5}, "lookup")],
+    ids=str,
+)
+def test_standby_takes_over(folder: Path, whole: Any, swarm: Swarm, options: dict[str, Any], speculate: str) -> None:
+    connected = {"initial_peers": [swarm.address], "wait": 10, "standby": 1, "speculate": speculate}
     for blocks in ("0:2", "2:4", "4:6", "0:2", "2:4", "4:6"):
         swarm.serve(folder, blocks)
-    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address], wait=10, standby=1) as model:
+    with SwarmModelForCausalLM.from_pretrained(folder, **connected) as model:
 
         def wait_for_spares() -> None:
             session = live_caches(model)[-1]

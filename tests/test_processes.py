@@ -67,15 +67,19 @@ def answer(swarm: LocalSwarm, model: Model) -> list[int]:
 # --- commands of a client ---------------------------------------------------------------------------------------------
 
 
-def test_generate_says_what_the_whole_model_says(swarm: LocalSwarm, model: Model) -> None:
+@pytest.mark.parametrize("draft", [False, True])
+def test_generate_says_what_the_whole_model_says(swarm: LocalSwarm, model: Model, draft: bool) -> None:
     ended = run(
         "swarm", "generate", model.folder, "-", "--max-new-tokens", 12,
+        "--speculate", f"draft:{model.folder}" if draft else "off",
         "--initial-peers", swarm.address, swarm.address, stdin="Who are you?",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == model.says("Who are you?", 12) + "\n"
     (summary,) = ended.stderr.splitlines()  # and nothing from any library
-    assert re.fullmatch(r"12 tokens, [\d.]+ tokens/s, first after [\d.]+ s, by \S+\[0:3\] -> \S+\[3:6\]", summary)
+    speculated = r"(, [\d.]+ tokens a trip)?, (\d+) of \2 drafted tokens accepted" if draft else ""
+    speed = r"12 tokens, [\d.]+ tokens/s, first after [\d.]+ s"
+    assert re.fullmatch(rf"{speed}{speculated}, by \S+\[0:3\] -> \S+\[3:6\]", summary)
 
 
 def test_status_for_people_and_for_programs(swarm: LocalSwarm, model: Model, small: Model) -> None:

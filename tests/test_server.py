@@ -187,6 +187,71 @@ async def test_hops_pass_on_and_the_last_one_answers(swarm: Swarm) -> None:
     torch.testing.assert_close(output, swarm.expected(hidden)[:, -1:])
 
 
+@pytest.fixture
+def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No turn takes more than the smallest piece of a prompt."""
+    monkeypatch.setattr("peer.scheduler.FIRST_BUDGET", 16)
+    monkeypatch.setattr("peer.scheduler.BUDGETS", (16, 16))
+
+
+@pytest.mark.usefixtures("small_turns")
+@pytest.mark.parametrize("keep", [0, 1, 25])
+async def test_a_prompt_goes_through_the_hops_in_pieces_and_is_answered_whole(swarm: Swarm, keep: int) -> None:
+    first, last, client, session = await swarm.peer("first"), await swarm.peer("last"), swarm.client(), key()
+    hidden = states(40)
+    await client.open(last, session, start=2, max_length=41)
+    await client.open(first, session, end=2, max_length=41, next=last.endpoint())
+    output = await client.step(first, session, hidden, 1, 0, keep=keep)
+    torch.testing.assert_close(output, swarm.expected(hidden)[:, -keep:])
+    assert [peer.server.turns for peer in (first, last)] == [3, 3]
+    again = await client.step(first, session, hidden[:, 5:], 1, 5, keep=keep, epoch=2)
+    torch.testing.assert_close(again, swarm.expected(hidden)[:, 5:][:, -keep:])
+    await client.step(first, session, states(1), 2, 40, keep=1, epoch=2)
+
+
+@pytest.mark.usefixtures("small_turns")
+async def test_a_decode_does_not_wait_for_the_end_of_anothers_prompt(swarm: Swarm) -> None:
+    peer, client, busy, quick = await swarm.peer(capacity=256), swarm.client(), key(), key()
+    await client.open(peer, busy, max_length=160)
+    await client.open(peer, quick)
+    await client.step(peer, quick, states(2), 1, 0)
+    await client.send(peer, busy, states(160), 1, 0)
+    await client.send(peer, quick, states(1), 2, 2)
+    assert [(await client.answer()).shape[1] for _ in range(2)] == [1, 160]
+
+
+@pytest.mark.usefixtures("small_turns")
+async def test_a_prompt_that_is_given_up_is_not_run_to_its_end(swarm: Swarm) -> None:
+    peer, client, session = await swarm.peer(capacity=256), swarm.client(), key()
+    await client.open(peer, session, max_length=160)
+    await client.send(peer, session, states(160), 1, 0)
+    output = await client.step(peer, session, states(3), 1, 0, epoch=2)
+    torch.testing.assert_close(output, swarm.expected(states(3)))
+    assert peer.server.turns < 10
+
+
+async def test_steps_of_many_sessions_run_in_one_turn(swarm: Swarm) -> None:
+    peer, client, gate = await swarm.peer(capacity=256), swarm.client(), threading.Event()
+    sessions = [key() for _ in range(5)]
+    for number, session in enumerate(sessions):
+        await client.open(peer, session)
+        await client.step(peer, session, states(number + 2), 1, 0)
+    before = peer.server.turns
+    peer.executor.submit(gate.wait, lambda result, error: None)
+    for number, session in enumerate(sessions):
+        await client.send(peer, session, states(1), 2, number + 2)
+    await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)  # all have come by now
+    gate.set()
+    outputs = [await client.answer() for _ in sessions]
+    assert peer.server.turns <= before + 2  # the first of them went alone
+    for number, output in enumerate(sorted(outputs, key=lambda each: each.sum().item())):
+        expected = sorted(
+            (swarm.expected(torch.cat([states(n + 2), states(1)], 1))[:, -1:] for n in range(5)),
+            key=lambda each: each.sum().item(),
+        )
+        torch.testing.assert_close(output, expected[number])
+
+
 async def test_a_step_sent_twice_counts_once(swarm: Swarm) -> None:
     peer, client, session, hidden = await swarm.peer(), swarm.client(), key(), states(6)
     await client.open(peer, session)

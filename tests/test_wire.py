@@ -101,7 +101,7 @@ def _sample(info: Any) -> Any:
         case msgspec.inspect.BytesType():
             return b"k" * (info.min_length or 0)
         case msgspec.inspect.BoolType():
-            return st.booleans()
+            return False
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return st.from_regex(pattern, fullmatch=True)
         case msgspec.inspect.StrType():

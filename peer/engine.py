@@ -1,0 +1,135 @@
+"""Schedule, run, deliver: what is ready of all sessions goes through the stage together, turn after turn."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from peer.executor import Executor
+from peer.scheduler import Budget, Scheduler, Slice, Work
+from peer.stage import SessionState, Stage, StepInput
+from swarm.errors import Busy, Internal
+
+Outcome = torch.Tensor | Exception
+
+
+class Receiver(Protocol):
+    """Who gets what comes of a step."""
+
+    def deliver(self, piece: Slice, step: StepInput, outcome: Outcome) -> None:
+        """Hand it on, at once: the next turn waits for this. `step` is the part of it that was run."""
+
+    def keep(self, piece: Slice, step: StepInput, outcome: Outcome) -> None:
+        """What is left to do when the next turn is under way."""
+
+
+@dataclass(slots=True)
+class Job:
+    """What the engine needs of a step beside what the scheduler does."""
+
+    state: SessionState
+    step: StepInput
+    receiver: Receiver
+
+
+class Engine:
+    """The loop around one stage. Used from the event loop only."""
+
+    def __init__(self, stage: Stage, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
+        self.turns = 0  # so far
+        self.tokens = 0  # that were run in them
+        self._stage = stage
+        self._executor = executor
+        self._clock = clock
+        self._scheduler = Scheduler(stage.batches)
+        self._budget = Budget()
+        self._running = False
+        self._waiting = Counter[Hashable]()  # steps of each session that are not yet done
+        self._settled: dict[Hashable, list[asyncio.Future[None]]] = {}
+
+    def add(self, work: Work) -> None:
+        """Have `work`, whose `what` is a `Job`, run in one of the next turns."""
+        self._waiting[work.session] += 1
+        self._scheduler.add(work)
+        if not self._running:
+            self._turn()
+
+    def waiting(self, session: Hashable) -> int:
+        """How many steps of a session came and are not yet done."""
+        return self._waiting[session]
+
+    def cancel(self, session: Hashable, unwanted: Callable[[Work], bool] = lambda _: True) -> None:
+        """Run no more of the session's `unwanted` steps; nobody is told. What runs now goes on to its piece's end."""
+        self._done(work.session for work in self._scheduler.cancel(session, unwanted))
+
+    async def settled(self, session: Hashable) -> None:
+        """Wait until all that came for a session is done."""
+        if self._waiting[session]:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._settled.setdefault(session, []).append(future)
+            await future
+
+    def _turn(self) -> None:
+        """Schedule."""
+        turn = self._scheduler.turn(self._clock(), self._budget.tokens)
+        for work in turn.late:
+            job: Job = work.what
+            job.receiver.deliver(Slice(work, work.done, work.count), job.step, Busy("the step waited too long"))
+        self._done(work.session for work in turn.late)
+        if turn.slices:
+            self._running = True
+            pieces = [(piece, piece.work.what.step.piece(piece.start, piece.end)) for piece in turn.slices]
+            self._executor.submit(
+                lambda: self._run([(piece.work.what.state, step) for piece, step in pieces]),
+                lambda result, error: self._ran(pieces, result, error),
+            )
+
+    def _run(self, works: list[tuple[SessionState, StepInput]]) -> tuple[list[Outcome], float]:
+        """Run, in the compute thread."""
+        started = time.perf_counter()
+        return self._stage.run_all(works), time.perf_counter() - started
+
+    def _ran(
+        self,
+        pieces: list[tuple[Slice, StepInput]],
+        result: tuple[list[Outcome], float] | None,
+        error: BaseException | None,
+    ) -> None:
+        """Deliver."""
+        self._running = False
+        failed = error if isinstance(error, Exception) else Internal("the compute thread gave up")
+        outcomes, seconds = result or ([failed] * len(pieces), 0.0)
+        ran = [(piece, step, outcome) for (piece, step), outcome in zip(pieces, outcomes, strict=True)]
+        ended = [piece.work for piece, _, _ in ran if piece.is_last]
+        for piece, step, outcome in ran:
+            if isinstance(outcome, Exception):
+                ended += self._scheduler.cancel(piece.work.session, partial(operator.is_, piece.work))
+            piece.work.what.receiver.deliver(piece, step, outcome)
+        self._turn()
+        for piece, step, outcome in ran:
+            piece.work.what.receiver.keep(piece, step, outcome)
+        self._done(work.session for work in ended)
+        tokens = sum(piece.tokens for piece, _ in pieces)
+        self._budget.took(tokens, seconds)
+        self.turns += 1
+        self.tokens += tokens
+
+    def _done(self, sessions: Iterable[Hashable]) -> None:
+        for session in sessions:
+            self._waiting[session] -= 1
+            if not self._waiting[session]:
+                del self._waiting[session]
+                for future in self._settled.pop(session, ()):
+                    if not future.done():
+                        future.set_result(None)
+
+    def __repr__(self) -> str:
+        return f"<Engine turns={self.turns} budget={self._budget.tokens} {self._scheduler!r}>"

@@ -1,0 +1,205 @@
+"""Which work goes into the next turn of the compute thread. Pure: the clock is passed in.
+
+A turn takes what is ready of all sessions, up to a budget of tokens: first what has waited too long, then by priority;
+of the rest the short steps before the long ones, which are cut into pieces, and of two clients the one that was given
+less. So a decode waits for one turn, a prompt advances with every turn that has room, and nothing waits for ever:
+whatever is `patience` old goes before everything younger. Cf. Agrawal et al. 2024, "Sarathi-Serve" (chunked prefills
+among decodes), and Demers et al. 1989, fair queuing by virtual time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+SHORT = 16  # positions of a step that counts as a decode: one token, or a few to be verified
+PIECE = 16  # positions of a piece of a long step, at least
+PATIENCE = 0.5  # seconds that work may wait before it goes first
+TURN_SECONDS = 0.1  # that a turn is to take at most
+FIRST_BUDGET = 64  # tokens, before anything was measured
+BUDGETS = 16, 4096  # tokens, at least and at most
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One step of a session, to be run at once or in pieces.
+
+    Attributes:
+        session: of which only one step runs in a turn, in the order in which they came.
+        client: who shares fairly with other clients.
+        rows: B.
+        count: N, positions.
+        arrived: seconds on the caller's clock; for the caller to keep.
+        what: for the caller's use.
+        group: only work of one group runs in the same turn.
+        priority: higher goes first.
+        deadline: after which nobody wants it, on the caller's clock.
+        done: positions that were given out already.
+        since: when it was last given a turn, or came.
+    """
+
+    session: Hashable
+    client: Hashable
+    rows: int
+    count: int
+    arrived: float
+    what: Any = None
+    group: Hashable = None
+    priority: int = 0
+    deadline: float = math.inf
+    done: int = 0
+    since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.arrived
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it counts as a decode."""
+        return self.count <= SHORT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """Positions `start` to `end` of a piece of work, counted from its own first."""
+
+    work: Work
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the work is done with it."""
+        return self.end == self.work.count
+
+    @property
+    def tokens(self) -> int:
+        """Rows times positions."""
+        return self.work.rows * (self.end - self.start)
+
+
+@dataclass(slots=True)
+class Turn:
+    """What to run now, and what is not to be run any more."""
+
+    slices: list[Slice] = field(default_factory=list)
+    late: list[Work] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Of all slices."""
+        return sum(each.tokens for each in self.slices)
+
+
+class Scheduler:
+    """Work that waits.
+
+    Args:
+        together: whether work of several sessions runs in one turn.
+    """
+
+    def __init__(self, together: bool = True) -> None:
+        self._together = together
+        self._queues: dict[Hashable, deque[Work]] = {}  # by session
+        self._given: dict[Hashable, float] = {}  # tokens, by client, in virtual time
+        self._now_given = 0.0  # what the client that was served last had been given
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, work: Work) -> None:
+        """It waits from now on. A client that comes back does not get what it might have had meanwhile."""
+        self._queues.setdefault(work.session, deque()).append(work)
+        self._given[work.client] = max(self._given.get(work.client, 0.0), self._now_given)
+
+    def cancel(self, session: Hashable, unwanted: Callable[[Work], bool] = lambda _: True) -> list[Work]:
+        """Take out the session's `unwanted` work, begun or not; what is running is not here any more."""
+        queue = self._queues.get(session, ())
+        out = [work for work in queue if unwanted(work)]
+        self._keep(session, [work for work in queue if not unwanted(work)])
+        return out
+
+    def turn(self, now: float, budget: int) -> Turn:
+        """The next turn: of `budget` tokens, or of a single piece where the smallest is larger."""
+        turn = Turn(late=self._late(now))
+        left = budget
+        for work in sorted((queue[0] for queue in self._queues.values()), key=lambda work: self._rank(work, now)):
+            if turn.slices and (not self._together or work.group != turn.slices[0].work.group):
+                continue
+            if (count := _fitting(work, left, alone=not turn.slices)) > 0:
+                turn.slices.append(Slice(work, work.done, work.done + count))
+                left -= work.rows * count
+        for piece in turn.slices:
+            self._take(piece, now)
+        return turn
+
+    def _rank(self, work: Work, now: float) -> tuple[float, ...]:
+        if now - work.since >= PATIENCE:
+            return (0, work.since)
+        return (1, -work.priority, not work.is_short, self._given[work.client], work.since)
+
+    def _take(self, piece: Slice, now: float) -> None:
+        work = piece.work
+        self._now_given = max(self._now_given, self._given[work.client])
+        self._given[work.client] += piece.tokens
+        work.done, work.since = piece.end, now
+        if piece.is_last:
+            self._keep(work.session, list(self._queues[work.session])[1:])
+        if len(self._queues) == 0:
+            self._given.clear()
+            self._now_given = 0.0
+
+    def _keep(self, session: Hashable, works: Iterable[Work]) -> None:
+        queue = deque(works)
+        if queue:
+            self._queues[session] = queue
+        else:
+            self._queues.pop(session, None)
+
+    def _late(self, now: float) -> list[Work]:
+        late = [work for queue in self._queues.values() for work in queue if work.deadline <= now]
+        for session in {work.session for work in late}:
+            self.cancel(session, lambda work: work.deadline <= now)
+        return late
+
+    def __repr__(self) -> str:
+        return f"<Scheduler sessions={len(self._queues)} steps={len(self)}>"
+
+
+def _fitting(work: Work, left: int, alone: bool) -> int:
+    """How many positions of it fit into `left` tokens; some in any case where it would be `alone`."""
+    wanted = work.count - work.done
+    fitting = min(wanted, left // work.rows)
+    least = wanted if work.is_short else min(wanted, PIECE)
+    if fitting >= least:
+        return fitting
+    return least if alone else 0
+
+
+class Budget:
+    """How many tokens a turn takes, going by how long turns took: long enough for the products, short enough to wait.
+
+    Cf. the profile-driven token budget of Sarathi-Serve.
+    """
+
+    def __init__(self, seconds: float = TURN_SECONDS) -> None:
+        self._seconds = seconds
+        self._per_token: float | None = None  # seconds, in long turns
+
+    @property
+    def tokens(self) -> int:
+        """Of a turn now."""
+        if self._per_token is None:
+            return FIRST_BUDGET
+        least, most = BUDGETS
+        return round(min(max(self._seconds / self._per_token, least), most))
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A turn of so many tokens took so long. Short ones tell nothing: they take what reading the weights takes."""
+        if tokens < PIECE:
+            return
+        each = max(seconds, 1e-9) / tokens
+        self._per_token = each if self._per_token is None else 0.7 * self._per_token + 0.3 * each
