@@ -1,7 +1,9 @@
-"""What this machine can do, measured."""
+"""What this machine can do, measured: how fast it runs blocks, how much memory they take, how many of them fit."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from dataclasses import dataclass
@@ -9,49 +11,115 @@ from pathlib import Path
 
 import torch
 
-from peer.stage import Stage, StepInput
+from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import UsageError
+from swarm.types import Span
 
 DEFAULT_CACHE_TOKENS = 16384
+LEAST_CACHE_TOKENS = 1024  # for which a block more is given up
+PREFILL = 512  # positions that the prefill is measured for
 _RUNS = 3
-_CACHE_SHARE = 0.8  # of the memory that is available now, at most
+_SHARE = 0.8  # of the memory that is available, that blocks and their cache may take
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a stage can do on this machine."""
+    """What a stage can do on this machine.
 
-    tokens_per_second: float  # one session's decode through the whole stage
-    bytes_per_token: int  # of its KV cache
+    Attributes:
+        seconds_per_block: one session's decode of one token.
+        prefill_seconds_per_block: `PREFILL` positions of one session.
+        bytes_per_token: of the KV cache of all blocks of the stage.
+        weights: bytes of all blocks of the stage.
+        blocks: how many they are.
+        activation: bytes of one token's hidden states, as they travel.
+    """
+
+    seconds_per_block: float
+    prefill_seconds_per_block: float
+    bytes_per_token: int
+    weights: int
+    blocks: int
+    activation: int
+
+    def tokens_per_second(self, blocks: int, bandwidth: float | None = None) -> float:
+        """One session's decode through so many blocks, where `bandwidth` is in bytes per second."""
+        travel = self.activation / bandwidth if bandwidth else 0.0
+        return 1.0 / (self.seconds_per_block * blocks + travel)
 
 
 def measure(stage: Stage) -> Capacity:
-    """Run a few decode steps of one session: the median is the speed, what its cache holds is the size."""
+    """Run a few decode steps of one session through the stage, and a prefill through one of its blocks."""
     state = stage.open(stage.span, batch=1, max_length=_RUNS)
-    hidden = torch.zeros(1, 1, stage.model.hidden_size)
-    seconds = []
-    for position in range(_RUNS):
-        started = time.perf_counter()
-        stage.run(state, StepInput(number=position + 1, position=position, hidden=hidden))
-        seconds.append(time.perf_counter() - started)
+    seconds = statistics.median(_time(stage, state, position, 1) for position in range(_RUNS))
     size = stage.bytes_per_token(state)
     stage.close(state)
-    return Capacity(1.0 / max(statistics.median(seconds), 1e-6), size)
+    return Capacity(
+        seconds_per_block=max(seconds, 1e-6) / len(stage.span),
+        prefill_seconds_per_block=_prefill(stage),
+        bytes_per_token=size,
+        weights=sum(weight.nbytes for weight in stage.model.model.parameters()),
+        blocks=len(stage.span),
+        activation=stage.model.hidden_size * stage.model.dtype.itemsize,
+    )
 
 
-def cache_tokens(wanted: int | None, capacity: Capacity, available: int | None) -> int:
+def _prefill(stage: Stage) -> float:
+    """Seconds that one of its blocks takes for `PREFILL` positions."""
+    first = stage.open(Span(stage.span.start, stage.span.start + 1), batch=1, max_length=PREFILL)
+    positions = min(PREFILL, getattr(stage.model.config, "max_position_embeddings", None) or PREFILL)
+    seconds = _time(stage, first, 0, positions)
+    stage.close(first)
+    return seconds * PREFILL / positions
+
+
+def _time(stage: Stage, state: SessionState, position: int, count: int) -> float:
+    """Seconds that the next step takes, of `count` positions from `position` on."""
+    hidden = torch.zeros(1, count, stage.model.hidden_size)
+    started = time.perf_counter()
+    stage.run(state, StepInput(number=state.number + 1, position=position, hidden=hidden))
+    return time.perf_counter() - started
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def budget(device: torch.device, cap: int | None) -> int | None:
+    """Bytes that blocks and their cache may take: what is allowed and there, None where neither is known."""
+    available = available_memory(device)
+    known = [size for size in (cap, None if available is None else int(_SHARE * available)) if size is not None]
+    return min(known, default=None)
+
+
+def fitting_blocks(block: Capacity, wanted_tokens: int | None, room: int | None, most: int) -> int:
+    """How many blocks like the one that was measured fit into `room` bytes with their cache; `most` at most.
+
+    Raises `UsageError` where not even one does.
+    """
+    if room is None:
+        return most
+    tokens = DEFAULT_CACHE_TOKENS if wanted_tokens is None else wanted_tokens
+    if (count := room // (block.weights + tokens * block.bytes_per_token)) >= 1:
+        return min(count, most)
+    least = block.weights + min(tokens, LEAST_CACHE_TOKENS) * block.bytes_per_token
+    if room < least:
+        raise UsageError(f"one block needs {least / 1e6:.0f} MB of memory with its cache, {room / 1e6:.0f} MB are free")
+    return 1
+
+
+def cache_tokens(wanted: int | None, bytes_per_token: int, room: int | None) -> int:
     """How many tokens the cache is to hold: what is `wanted`, else what a peer holds by default or memory allows.
 
-    `available` is in bytes, None where that cannot be known. Raises `UsageError` where `wanted` would not fit: a
-    peer that promises more than it has dies of it in the middle of somebody's answer.
+    `room` is in bytes, None where that cannot be known. Raises `UsageError` where `wanted` would not fit: a peer that
+    promises more than it has dies of it in the middle of somebody's answer.
     """
-    if available is None or not capacity.bytes_per_token:
+    if room is None or not bytes_per_token:
         return wanted or DEFAULT_CACHE_TOKENS
-    most = max(1, int(_CACHE_SHARE * available) // capacity.bytes_per_token)
+    most = max(1, room // bytes_per_token)
     if wanted is not None and wanted > most:
         raise UsageError(
-            f"--cache-tokens {wanted} needs {wanted * capacity.bytes_per_token / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are available; at most {most} tokens fit"
+            f"--cache-tokens {wanted} needs {wanted * bytes_per_token / 1e9:.1f} GB of memory, "
+            f"{max(room, 0) / 1e9:.1f} GB are left for it; at most {most} tokens fit"
         )
     return wanted or min(DEFAULT_CACHE_TOKENS, most)
 
@@ -65,3 +133,13 @@ def available_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def release_memory() -> None:
+    """Give back what nobody refers to any more: Python's cycles, the device's pool, the allocator's free pages."""
+    gc.unfreeze()  # a stage that was served was frozen with everything else
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        trim(0)

@@ -104,7 +104,11 @@ def serve(
     ] = None,
     num_blocks: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How many blocks to host; which, the swarm's need decides. Default: all."),
+        typer.Option(metavar="N", help="How many blocks to host; which, the swarm's need decides. Default: what fits."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What blocks and cache may take, as in 8GB. Default: 80 % of what is free."),
     ] = None,
     initial_peers: InitialPeers = None,
     listen: Listen = None,
@@ -125,6 +129,16 @@ def serve(
         float | None,
         typer.Option(metavar="S", help="How long to keep the cache of a client that is not heard of. Default 30."),
     ] = None,
+    look_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="How often to look for blocks that need the peer more, without --blocks. 0: never move."
+        ),
+    ] = None,
+    stay_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="How long to stay at least, unless blocks have nobody. Default 3600."),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long to wait, when leaving, for others to take over. Default 30."),
@@ -140,6 +154,7 @@ def serve(
         "model": model,
         "blocks": blocks,
         "num_blocks": num_blocks,
+        "memory": memory,
         "initial_peers": addresses_in(initial_peers or []) or None,
         "listen": listen,
         "announce": announce,
@@ -148,6 +163,8 @@ def serve(
         "dtype": dtype,
         "cache_tokens": cache_tokens,
         "lease_seconds": lease_seconds,
+        "look_seconds": look_seconds,
+        "stay_seconds": stay_seconds,
         "drain_timeout": drain_timeout,
         "threads": threads,
     }
@@ -192,7 +209,7 @@ async def _serve(settings: ServeSettings, stop: asyncio.Event) -> None:
         bars.stop()
         assert node.discovery is not None
         _print_invitation(node.discovery.addresses, _command_of(settings.model), bool(settings.initial_peers))
-        await unless_stopped(_show_status(node), stop)
+        await unless_stopped(_until_broken(node), stop)
         if node.leases.used:
             console.print("leaving: others take over the sessions; Ctrl-C once more to go at once")
             await node.drain(settings.drain_timeout)
@@ -216,6 +233,11 @@ def _command_of(model: str) -> str:
     return f"peer serve {shlex.quote(str(Path(model).resolve()) if Path(model).is_dir() else model)}"
 
 
+async def _until_broken(node: Node) -> None:
+    """Show how the node is. Raises what it breaks of."""
+    await asyncio.gather(_show_status(node), node.broken)
+
+
 async def _show_status(node: Node) -> None:
     """One live line on a terminal; where there is none, a log line now and then."""
     meter = _Meter()
@@ -232,9 +254,9 @@ async def _show_status(node: Node) -> None:
 def _status_line(status: Status, meter: _Meter) -> str:
     return (
         f"blocks={status.span} state={status.state} sessions={status.sessions} "
-        f"tokens/s={meter.speed(status.tokens, time.monotonic()):.1f} "
-        f"cache={status.cache_used}/{status.cache_tokens} peers={status.peers}"
-    )
+        f"tokens/s={meter.speed(status.tokens, time.monotonic()):.1f} queue={status.queue:.1f} "
+        f"cache={status.cache_used}/{status.cache_tokens} peers={status.peers} {status.note}"
+    ).rstrip()
 
 
 class _Meter:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -71,6 +71,9 @@ class ServeSettings(_Settings):
     model: str = DEFAULT_MODEL
     blocks: str | None = None
     num_blocks: Annotated[int, Field(ge=1)] | None = None
+    memory: Annotated[ByteSize, Field(ge=1)] | None = None
+    look_seconds: Annotated[float, Field(ge=0.0, le=86_400.0)] = 600.0
+    stay_seconds: Annotated[float, Field(ge=0.0, le=30 * 86_400.0)] = 3600.0
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None

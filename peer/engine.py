@@ -66,6 +66,10 @@ class Engine:
         """How many steps of a session came and are not yet done."""
         return self._waiting[session]
 
+    def __len__(self) -> int:
+        """How many steps of all sessions came and are not yet done."""
+        return self._waiting.total()
+
     def cancel(self, session: Hashable, unwanted: Callable[[Work], bool] = lambda _: True) -> None:
         """Run no more of the session's `unwanted` steps; nobody is told. What runs now goes on to its piece's end."""
         self._done(work.session for work in self._scheduler.cancel(session, unwanted))

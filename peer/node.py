@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib
 import itertools
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import swarm
+from peer.announcer import Announcer
 from peer.cache import Leases
 from peer.config import BootstrapSettings, ServeSettings, parse_address, parse_span
 from peer.executor import Executor
-from peer.placement import choose_span
+from peer.hosting import Hosting
+from peer.mover import Means, Mover
+from peer.placement import Policy, choose_span, reconsider
+from swarm.bearings import Bearings
 from swarm.checkpoint import Checkpoint, Progress
 from swarm.discovery import Discovery
 from swarm.errors import InUse, ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.identity import Identity
+from swarm.ping import bandwidth, ping
 from swarm.rpc import Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, Offer, Span, State
 
 if TYPE_CHECKING:
-    from peer.capacity import Capacity
     from peer.server import Server
-    from peer.stage import Stage
 
 log = logging.getLogger(__name__)
 
-RENEW_SECONDS = 10.0  # between two looks at what the offer says
+AROUND_SECONDS = 2.0  # to find our place among the others, before we say that we are online
+BEARINGS_SECONDS = 30.0  # between two calls for nothing but their round trip, at most
+BANDWIDTH_PEERS = 3  # whose bandwidth is measured
+CHOICES = 3  # of a span, where others choose the same at the same moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,8 @@ class Status:
     cache_used: int  # tokens
     cache_tokens: int
     peers: int
+    queue: float  # steps that others wait for, on average of late
+    note: str  # what it is about, beside serving
 
 
 def identity_of(settings: BootstrapSettings | ServeSettings) -> Identity:
@@ -87,24 +95,45 @@ def _multiaddr(host: str, port: int) -> str:
 
 
 class Node:
-    """One peer that serves a span."""
+    """One peer that serves a span.
+
+    Attributes:
+        broken: ends with what made serving impossible, if anything ever does.
+    """
 
     def __init__(self, settings: ServeSettings, identity: Identity, progress: Progress) -> None:
         self.settings = settings
         self.identity = identity
-        self._progress = progress
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.transport = TcpTransport(identity)
         self.rpc = Rpc(self.transport)
-        self.discovery: Discovery | None = None
-        self.server: Server | None = None
-        self.leases = Leases(0, settings.lease_seconds)  # until the stage is there and its memory is known
+        self.bearings = Bearings()
+        self.rpc.timed = self.bearings.timed
         self.executor = Executor()
-        self._offer: Offer | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self.discovery: Discovery | None = None
+        self.hosting: Hosting | None = None
+        self.mover: Mover | None = None
+        self._progress = progress
+        self._announcer: Announcer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._peers = 0  # seen when it was last looked
+        self._bandwidth: float | None = None  # bytes per second, to the best of those that were asked
+
+    @property
+    def server(self) -> Server | None:
+        """Serves the present span; None until one is loaded."""
+        return self.hosting.server if self.hosting else None
+
+    @property
+    def leases(self) -> Leases:
+        """Of the sessions here."""
+        assert self.hosting is not None
+        return self.hosting.leases
+
+    # --- starting ---------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Listen, join the swarm, load the span, say so. Raises what stands in the way, with what to do about it."""
+        """Listen, join the swarm, load a span, say so. Raises what stands in the way, with what to do about it."""
         listen = parse_address(self.settings.listen)
         heavy = asyncio.ensure_future(self.executor.run(_import_heavy))  # seconds; the rest goes on meanwhile
         try:
@@ -113,21 +142,35 @@ class Node:
             self.discovery = await start_discovery(self.settings, self.identity, dht_port)
             folder = await asyncio.to_thread(resolve, self.settings.model, self._progress)
             checkpoint = await asyncio.to_thread(Checkpoint, folder)
-            self._offer = await self._first_offer(checkpoint, address)
-            await self.discovery.publish(self._offer)
+            offer = await self._blank_offer(checkpoint, address)
+            self._announcer = Announcer(self.discovery, offer)
+            around = self.rpc.spawn(self._look_around())
+            if self.settings.blocks is not None:
+                await self._announcer.tell()
         except BaseException:
             heavy.cancel()  # whoever is to hear of a mistake, or pressed Ctrl-C, does not wait for it
             raise
         await heavy
-        await self._serve(folder, self._offer)
+        self.hosting = Hosting(folder, offer.model, self.settings, self.rpc, self.executor, self._tell)
+        count = None if self.settings.blocks is not None else await self._take_place()
+        await asyncio.wait({around}, timeout=AROUND_SECONDS)
+        await self._serve(self._announcer.offer.span)
+        self._tasks.append(asyncio.create_task(self._keep()))
+        self._tasks.append(asyncio.create_task(self._keep_bearings()))
+        if count is not None and self.settings.look_seconds:
+            self._tasks.append(asyncio.create_task(self._move(count)))
 
-    async def _first_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
-        assert self.discovery is not None
+    async def _blank_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
+        """What there is to say before anything is loaded. The span is the one asked for, else still open."""
         model = await asyncio.to_thread(lambda: checkpoint.model_id)
         # In the one thread that imports transformers: seen from another, it may be half there.
         blocks = await self.executor.run(lambda: _count_blocks(checkpoint))
-        span = await self._choose(model, blocks)
         settings = self.settings
+        span = parse_span(settings.blocks) if settings.blocks is not None else Span(0, blocks)
+        if span.end > blocks:
+            raise UsageError(f"--blocks {span}: the model has blocks 0:{blocks}")
+        if settings.num_blocks is not None and settings.num_blocks > blocks:
+            raise UsageError(f"--num-blocks {settings.num_blocks}: the model has {blocks}")
         return Offer(
             peer=self.identity.peer,
             model=model,
@@ -144,6 +187,7 @@ class Node:
             version=swarm.__version__,
             issued=0.0,
             expires=0.0,
+            fixed=settings.blocks is not None or not settings.look_seconds,
         )
 
     def _addresses(self, listening: Address) -> tuple[Address, ...]:
@@ -158,103 +202,153 @@ class Node:
         near_last = sorted(hosts, key=lambda host: host.startswith("127.") or host == "::1")
         return tuple(Address(host, listening.port) for host in near_last[:8])
 
-    async def _choose(self, model: str, blocks: int) -> Span:
-        from swarm.types import ModelId
+    async def _take_place(self) -> int:
+        """Measure the machine, choose the span that helps most and tell the swarm of it; of how many blocks it is."""
+        assert self.hosting is not None
+        assert self._announcer is not None
+        chance, blocks = random.Random(), self._announcer.offer.num_blocks
+        block, count = await self.hosting.probe(blocks // 2, blocks)
+        speed = block.tokens_per_second(count)
+        span: Span | None = choose_span(await self._offers(), blocks, count, speed=speed, chance=chance)
+        for _ in range(CHOICES):
+            if span is None:
+                break
+            await self._announcer.tell(span=span, tokens_per_second=speed)
+            span = reconsider(await self._offers(), self._announcer.offer, speed=speed, chance=chance)
+        return count
 
-        assert self.discovery is not None
-        if self.settings.blocks is not None:
-            span = parse_span(self.settings.blocks)
-            if span.end > blocks:
-                raise UsageError(f"--blocks {span}: the model has blocks 0:{blocks}")
-            return span
-        count = self.settings.num_blocks or blocks
-        if count > blocks:
-            raise UsageError(f"--num-blocks {count}: the model has {blocks}")
-        return choose_span(await self.discovery.offers(ModelId(model), blocks), blocks, count)
+    # --- serving ----------------------------------------------------------------------------------------------------
 
-    async def _serve(self, folder: Path, offer: Offer) -> None:
-        from peer.capacity import available_memory, cache_tokens
-        from peer.server import Server
-        from peer.stage import PAGE
-
-        stage, capacity = await self.executor.run(lambda: self._load(folder, offer.span))
-        tokens = cache_tokens(self.settings.cache_tokens, capacity, available_memory(stage.model.device))
-        tokens = max(tokens - tokens % PAGE, PAGE)
-        self.leases.capacity, self.leases.page = tokens, PAGE
-        await self.executor.run(lambda: stage.reserve(tokens))
-        self.server = Server(self.rpc, stage, self.executor, self.leases, offer.model)
-        speed = capacity.tokens_per_second
-        await self._publish(state=State.ONLINE, tokens_per_second=speed, cache_tokens=tokens, cache_free=tokens)
-        log.info("online blocks=%s dtype=%s tokens_per_second=%.1f cache=%s", offer.span, offer.dtype, speed, tokens)
-        gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
-        self._keeper = asyncio.create_task(self._keep())
-
-    def _load(self, folder: Path, span: Span) -> tuple[Stage, Capacity]:
-        import torch
-
-        from peer.capacity import measure
-        from peer.stage import PAGE, Stage
-        from swarm.model import load_stage
-
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
-        model = load_stage(
-            folder,
-            span,
-            dtype=getattr(torch, self.settings.dtype),
-            device=self.settings.device,
-            progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
+    async def _serve(self, span: Span) -> None:
+        """Load `span`, and tell the swarm before and after."""
+        assert self.hosting is not None
+        assert self._announcer is not None
+        if self._announcer.offer.span != span or self._announcer.offer.state is not State.JOINING:
+            await self._announcer.tell(span=span, state=State.JOINING, cache_free=0, sessions=0, queue=0.0)
+        capacity = await self.hosting.host(span)
+        speed, tokens = capacity.tokens_per_second(len(span), self._bandwidth), self.leases.capacity
+        await self._announcer.tell(
+            state=State.ONLINE,
+            tokens_per_second=speed,
+            seconds_per_block=capacity.seconds_per_block,
+            prefill_seconds_per_block=capacity.prefill_seconds_per_block,
+            cache_tokens=tokens,
+            cache_free=tokens,
+            coordinate=self.bearings.coordinate,
         )
-        stage = Stage(model, tokens=PAGE)
-        if stage.model.unbatched:
-            log.info("sessions run one by one: %s", stage.model.unbatched)
-        return stage, measure(stage)
+        log.info("online blocks=%s tokens_per_second=%.1f cache=%s", span, speed, tokens)
 
-    async def _publish(self, **changes: object) -> None:
-        assert self._offer is not None
+    async def _move(self, count: int) -> None:
+        """Look for a better place as long as the node lives; where it loses its own, the node is of no more use."""
+        assert self.hosting is not None
+        assert self._announcer is not None
+        stay = self.settings.stay_seconds
+        policy = Policy(look=self.settings.look_seconds, min_stay=stay, urgent_stay=min(Policy().urgent_stay, stay))
+        means = Means(self._offers, self._serve, self.settings.drain_timeout)
+        self.mover = Mover(self.hosting, self._announcer, means, count, policy)
+        try:
+            await self.mover.run()
+        except Exception as error:  # noqa: BLE001 (whoever runs the node is told)
+            if not self.broken.done():
+                self.broken.set_exception(error)
+
+    def _tell(self, what: str, done: int, total: int, /) -> None:
+        """How far loading is: in bars at the start, in the status line later."""
+        self._progress(what, done, total) if self.mover is None else self.mover.tell(done, total)
+
+    async def _offers(self) -> list[Offer]:
         assert self.discovery is not None
-        offer = replace(self._offer, **changes)  # type: ignore[arg-type]
-        if offer != self._offer:
-            self._offer = offer
-            await self.discovery.publish(offer)
+        assert self._announcer is not None
+        offers = await self.discovery.offers(self._announcer.offer.model, self._announcer.offer.num_blocks)
+        self.bearings.read(offers)
+        return offers
+
+    # --- knowing the way to others ----------------------------------------------------------------------------------
+
+    async def _look_around(self) -> None:
+        """Call a few peers: where are we, and how fast do bytes travel?"""
+        offers = [offer for offer in await self._offers() if offer.peer != self.identity.peer]
+        await ping(self.rpc, self.bearings.anywhere(offers), AROUND_SECONDS)
+        known = self.bearings.view().measured
+        near = sorted((offer for offer in offers if offer.peer in known), key=lambda offer: known[offer.peer])
+        found = [await bandwidth(self.rpc, offer, known[offer.peer]) for offer in near[:BANDWIDTH_PEERS]]
+        self._bandwidth = max((each for each in found if each is not None), default=None)
+        log.info("looked around peers=%d bandwidth_mb=%.1f", len(known), (self._bandwidth or 0.0) / 1e6)
+
+    async def _keep_bearings(self) -> None:
+        """Call somebody now and then: peers tell each other steps, which are not answered and so not timed."""
+        chance = random.Random()
+        while True:
+            await asyncio.sleep(BEARINGS_SECONDS * chance.uniform(0.5, 1.0))
+            try:
+                others = [offer for offer in await self._offers() if offer.peer != self.identity.peer]
+            except ShoalError as error:
+                log.info("no offers error=%r", str(error))
+                continue
+            await ping(self.rpc, chance.sample(others, min(1, len(others))), BEARINGS_SECONDS)
 
     async def _keep(self) -> None:
         """Let the offer say what is, and end what nobody needs any more."""
-        assert self.server is not None
         assert self.discovery is not None
-        looked = time.monotonic()
         while True:
-            self.server.expire()
             try:
+                if self.server is not None:
+                    self.server.expire()
                 self._peers = await self.discovery.peers_seen()
-                if time.monotonic() - looked >= RENEW_SECONDS:
-                    looked = time.monotonic()
-                    await self._publish(cache_free=self.leases.free, sessions=self.server.sessions)
+                await self._keep_offer()
             except ShoalError as error:
                 log.warning("the swarm does not answer error=%r", str(error))
             await asyncio.sleep(1.0)
 
+    async def _keep_offer(self) -> None:
+        assert self._announcer is not None
+        server = self.server
+        if server is None or self._announcer.offer.state is State.JOINING:
+            return
+        await self._announcer.keep(
+            cache_free=self.leases.free,
+            sessions=server.sessions,
+            queue=server.load.queue(time.monotonic()),
+            seconds_per_block=server.load.seconds_per_block,
+            coordinate=self.bearings.coordinate,
+        )
+
     def status(self) -> Status:
         """For a status line."""
-        assert self._offer is not None
-        offer, leases = self._offer, self.leases
-        tokens = self.server.tokens if self.server else 0
-        return Status(offer.span, offer.state, len(leases), tokens, leases.used, leases.capacity, self._peers)
+        assert self._announcer is not None
+        offer, leases, server = self._announcer.offer, self.leases, self.server
+        return Status(
+            span=offer.span,
+            state=offer.state,
+            sessions=len(leases),
+            tokens=server.tokens if server else 0,
+            cache_used=leases.used,
+            cache_tokens=leases.capacity,
+            peers=self._peers,
+            queue=offer.queue,
+            note=self.mover.note if self.mover else "",
+        )
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
 
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions and have others take over the live ones; whether all were within `timeout` seconds."""
+        for task in self._tasks[2:]:  # whoever leaves does not move any more
+            task.cancel()
         if self.server is None or not self.server.sessions:
             return True
+        assert self._announcer is not None
         try:
-            await self._publish(state=State.DRAINING)
+            await self._announcer.tell(state=State.DRAINING)
         except ShoalError as error:  # who does not see it is told when it asks
             log.warning("leaving unannounced error=%r", str(error))
         return await self.server.drain(timeout)
 
     async def close(self) -> None:
         """Withdraw the offer and end everything, within two seconds."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self.broken.cancel()
         parts: list[Callable[[], Awaitable[None]]] = [self.rpc.close, self.executor.close]
         if self.discovery is not None:
             parts.append(self.discovery.close)

@@ -22,6 +22,8 @@ EQUAL = 0.05  # spans whose worth differs by less are equally good to a newcomer
 _LEAST_SPEED = 1e-3  # tokens per second that any host is taken to have
 _COVERED = 1e-9  # below, a strength is what adding and taking away leaves of zero
 
+_Rank = tuple[bool, int, PeerId]  # whose turn it is to stay: first who was told to, then by lot
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -42,7 +44,7 @@ class Survey:
 
     Attributes:
         strength: tokens per second of each block's hosts, those still joining included, those leaving not.
-        keepers: for each block the online hosts that may be asked to stay, the first ones first.
+        keepers: for each block the online hosts that may be asked to stay: those that stay anyway, then by lot.
         offers: by peer, what they added to the strength: (span, tokens per second).
     """
 
@@ -78,7 +80,7 @@ class Stay:
 def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey:
     """Count what is there. O(offers x blocks of a span)."""
     changes = [0.0] * (num_blocks + 1)
-    staying: list[list[tuple[int, PeerId]]] = [[] for _ in range(num_blocks)]
+    staying: list[list[_Rank]] = [[] for _ in range(num_blocks)]
     counted: dict[PeerId, tuple[Span, float]] = {}
     for offer in offers:
         if offer.state is State.DRAINING:
@@ -91,11 +93,11 @@ def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey
             _add_keeper(staying, offer, keepers)
     hosted = _hosted((span for span, _ in counted.values()), num_blocks)
     strength = [total if count else 0.0 for total, count in zip(accumulate(changes[:-1]), hosted, strict=True)]
-    return Survey(tuple(strength), tuple(tuple(peer for _, peer in row) for row in staying), counted)
+    return Survey(tuple(strength), tuple(tuple(peer for *_, peer in row) for row in staying), counted)
 
 
-def _add_keeper(staying: list[list[tuple[int, PeerId]]], offer: Offer, keepers: int) -> None:
-    rank = (lot(offer.peer), offer.peer)
+def _add_keeper(staying: list[list[_Rank]], offer: Offer, keepers: int) -> None:
+    rank = (not offer.fixed, lot(offer.peer), offer.peer)
     for block in offer.span:
         row = staying[block]
         if len(row) < keepers or rank < row[-1]:
@@ -165,6 +167,25 @@ def _leaves_no_chink(window: Span, empty: Sequence[int]) -> bool:
     return (window.start - start) % len(window) == 0
 
 
+def reconsider(
+    offers: Iterable[Offer], mine: Offer, *, speed: float = 1.0, chance: random.Random | None = None
+) -> Span | None:
+    """Where a newcomer that has just said where it goes should go instead, None if it is well where it is.
+
+    Two that come at the same moment see the same hole. Whoever's lot is higher gives way, if another span has more
+    blocks that nobody hosts.
+    """
+    rank = (lot(mine.peer), mine.peer)
+    before = [
+        offer
+        for offer in offers
+        if offer.peer != mine.peer and not (offer.state is State.JOINING and (lot(offer.peer), offer.peer) > rank)
+    ]
+    strength = survey(before, mine.num_blocks).strength
+    better = best_span(strength, len(mine.span), speed, chance)
+    return better if _holes(strength, better) > _holes(strength, mine.span) else None
+
+
 # --- a resident -------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +207,8 @@ def decide(
     """
     if mine.state is not State.ONLINE:
         return Stay(f"it is {mine.state}")
+    if mine.fixed:
+        return Stay("it was told to")
     stayed = now - since
     if stayed < policy.urgent_stay:
         return Stay(f"it came only {stayed:.0f} s ago")
@@ -197,9 +220,10 @@ def decide(
         return Stay(f"it came only {stayed:.0f} s ago")
     if not urgent and (reason := _not_worth_it(others, mine.span, target, speed, policy.margin)):
         return Stay(reason)
-    if held := _held(seen, mine, policy.urgent_keepers if urgent else policy.keepers):
+    keepers = policy.urgent_keepers if urgent else policy.keepers
+    if held := _held(seen, mine.peer, mine.span, keepers):
         return Stay(f"blocks {held[0]}.. need it")
-    if chance.random() >= policy.chance:
+    if chance.random() >= (_one_of_the_spare(seen, keepers, policy) if urgent else policy.chance):
         return Stay(f"{target} is left to others this time")
     return Move(target, f"nobody hosts all of {target}" if urgent else f"{target} is weaker")
 
@@ -215,14 +239,20 @@ def _not_worth_it(others: Sequence[float], here: Span, there: Span, speed: float
     return "" if then > (1 + margin) * now else f"{there} is worth no more than {then / now - 1:+.0%}"
 
 
-def _held(seen: Survey, mine: Offer, keepers: int) -> list[int]:
+def _one_of_the_spare(seen: Survey, keepers: int, policy: Policy) -> float:
+    """The chance with which one of all that may leave does, on average; not less than usual, many look seldom."""
+    spare = sum(not _held(seen, peer, span, keepers) for peer, (span, _) in seen.offers.items())
+    return max(policy.chance, 1.0 / max(spare, 1))
+
+
+def _held(seen: Survey, peer: PeerId, span: Span, keepers: int) -> list[int]:
     """The blocks that its host may not leave: those of which it is one of the first online hosts.
 
     The order of hosts is the same for all, so of the hosts that decide at the same moment, from the same offers, the
     first ones stay: however many move, `keepers` hosts of every block remain. Blocks that a move would come back to
     count as well: they are not served between the drain and the new start.
     """
-    return [block for block in mine.span if mine.peer in (row := seen.keepers[block])[:keepers] or len(row) < keepers]
+    return [block for block in span if peer in (row := seen.keepers[block])[:keepers] or len(row) < keepers]
 
 
 def pauses(policy: Policy, chance: random.Random) -> float:

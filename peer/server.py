@@ -13,6 +13,7 @@ import torch
 from peer.cache import Leases
 from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
+from peer.load import Load
 from peer.outlet import Failed, Outlet
 from peer.scheduler import Slice, Work
 from peer.stage import SessionState, Stage, StepInput
@@ -70,6 +71,8 @@ class Receipt:
     session: ServedSession
     link: Link
     message: wire.Step
+    came: float  # on the server's clock
+    alone: bool  # no other step was there
 
     def deliver(self, piece: Slice, step: StepInput, outcome: Outcome) -> None:
         """Part of `peer.engine.Receiver`, as is the next."""
@@ -81,7 +84,13 @@ class Receipt:
 
 
 class Server:
-    """Serves one stage to many sessions."""
+    """Serves one stage to many sessions.
+
+    Attributes:
+        draining: it takes no new sessions.
+        load: how busy it is of late.
+        tokens: positions that were run so far, of all rows.
+    """
 
     def __init__(
         self,
@@ -103,8 +112,9 @@ class Server:
         self._empty = asyncio.Event()
         self._empty.set()
         self.draining = False
+        self.load = Load(0.0)
+        self.tokens = 0
         self._backup = 0  # bytes of all sessions' histories
-        self.tokens = 0  # positions that were run so far, of all rows
         rpc.answer(wire.OpenSession, self._open)
         rpc.answer(wire.KeepAlive, self._keep_alive)
         rpc.answer(wire.Replay, self._replay)
@@ -237,7 +247,7 @@ class Server:
                 rows=rows,
                 count=count,
                 arrived=now,
-                what=Job(session.state, step, Receipt(self, session, link, message)),
+                what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
                 group=session.state.model.span,
                 deadline=now + self._leases.duration,
             )
@@ -263,8 +273,12 @@ class Server:
             return
         if isinstance(outcome, Exception):
             self._refuse(session.client.link, message, _blamed(outcome, receipt.link, session))
-        elif message.replay != 1:
+            return
+        if message.replay != 1:
             self._pass_on(session, message, step, outcome, message.more or not piece.is_last)
+        if outcome.shape[:2] == (1, 1):
+            now, alone = self._clock(), receipt.alone and len(self._engine) == 1
+            self.load.took(now - receipt.came, len(session.state.model.span), alone, now)
 
     def ran_since(self, receipt: Receipt, step: StepInput, outcome: Outcome) -> None:
         """What is left to do when the next turn is under way."""
@@ -382,6 +396,18 @@ class Server:
             log.warning("sessions were left behind number=%d", len(self._sessions))
             return False
         return True
+
+    def resume(self) -> None:
+        """Take new sessions again, after a `drain` that came to nothing."""
+        self.draining = False
+
+    async def close(self) -> None:
+        """End all sessions and let the stage go; who asks for a session is told that the peer is leaving."""
+        self.draining = True
+        for key in list(self._sessions):
+            self._forget(key)
+        await self._executor.run(lambda: None)  # whatever was to be done for them
+        del self._stage, self._engine  # this server goes on answering until the next one does
 
     # --- what went wrong -------------------------------------------------------------------------------------------
 

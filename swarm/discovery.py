@@ -109,6 +109,11 @@ class Discovery:
         if before is not None:
             await self._leave(before)
 
+    def amend(self, offer: Offer) -> None:
+        """Tell `offer` at the next renewal, which is soon enough: what it says is little news. It hosts the same."""
+        if self._offer is not None:
+            self._offer = offer
+
     async def withdraw(self) -> None:
         """Take the offer back, so that readers stop seeing it at once. Never takes much more than a second.
 

@@ -83,6 +83,7 @@ class _Body(msgspec.Struct):
     seconds_per_block: _Seconds
     prefill_seconds_per_block: _Seconds
     queue: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+    fixed: bool
     place: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None  # the coordinate: its vector, height and error
 
 

@@ -12,6 +12,7 @@ from swarm.rpc import Rpc
 from swarm.types import Offer
 
 TIMES = 2  # calls to each peer
+PAYLOAD = 256 * 1024  # bytes that are echoed to measure bandwidth
 PING_SECONDS = 3.0  # for the answer to one
 
 
@@ -26,3 +27,14 @@ async def _ping(rpc: Rpc, offer: Offer) -> None:
         link = await rpc.connect(offer.peer, offer.addresses)
         for _ in range(TIMES):
             await link.call(wire.Echo(), timeout=PING_SECONDS)
+
+
+async def bandwidth(rpc: Rpc, offer: Offer, round_trip: float) -> float | None:
+    """Bytes per second to the peer of `offer` and back, whose way takes `round_trip` seconds; None where it fails."""
+    try:
+        link = await rpc.connect(offer.peer, offer.addresses)
+        began = rpc.clock()
+        await link.call(wire.Echo(), [bytes(PAYLOAD)], timeout=PING_SECONDS)
+    except RemoteError:
+        return None
+    return 2 * PAYLOAD / max(rpc.clock() - began - round_trip, 1e-4)

@@ -93,7 +93,8 @@ class Offer:
     coordinate: Coordinate | None = None  # None: not known yet
     seconds_per_block: float = 0.0  # one session's decode of one token, measured by the peer; 0: not measured
     prefill_seconds_per_block: float = 0.0  # of 512 positions of one session, measured by the peer; 0: not measured
-    queue: float = 0.0  # steps that waited when another came, on average of late
+    queue: float = 0.0  # steps that another waits for, on average of late
+    fixed: bool = False  # it stays at its span whatever others need: it was told to
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Swarm:
         self.nodes: list[Node] = []
         self._killed: list[Node] = []
 
-    def serve(self, model: Path, blocks: str, **settings: Any) -> Node:
+    def serve(self, model: Path, blocks: str | None = None, **settings: Any) -> Node:
         """Start a peer and wait until it is online."""
         chosen = ServeSettings(model=str(model), blocks=blocks, initial_peers=[self.address], threads=1, **settings)
 
@@ -78,16 +78,18 @@ class Swarm:
         self.nodes.remove(node)
         self.background.run(node.close())
 
-    def serve_soon(self, model: Path, blocks: str) -> None:
+    def serve_soon(self, model: Path, blocks: str | None, **settings: Any) -> threading.Thread:
         """Start a peer and do not wait; may be called in any thread."""
-        threading.Thread(target=self.serve, args=(model, blocks)).start()
+        thread = threading.Thread(target=self.serve, args=(model, blocks), kwargs=settings)
+        thread.start()
+        return thread
 
     def kill(self, node: Node) -> None:
         """End a peer as SIGKILL does, as far as others can tell: its sockets close, its offer stays."""
 
         async def kill() -> None:
-            if node._keeper is not None:
-                node._keeper.cancel()
+            for task in node._tasks:
+                task.cancel()
             await node.rpc.close()
 
         self.background.run(kill())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.placement import Move, Policy, Stay, Survey, choose_span, decide, pauses, survey
+from peer.placement import Move, Policy, Stay, Survey, choose_span, decide, pauses, reconsider, survey
 from swarm.sampling import lot
 from swarm.types import ModelId, Offer, PeerId, Span, State
 
@@ -157,6 +157,28 @@ def test_an_empty_swarm_is_filled_without_chinks() -> None:
     """Newcomers that draw their place still leave room for whole spans beside it."""
     starts = {choose_span([], BLOCKS, 4, chance=random.Random(seed)).start for seed in range(50)}
     assert starts == {0, 4, 8}
+
+
+def test_who_was_told_to_stay_stays_and_lets_others_go() -> None:
+    first, second = sorted("ab", key=lambda name: lot(PeerId(name)))
+    offers = [an_offer(first, 0, 6), replace(an_offer(second, 0, 6), fixed=True)]
+    seen = survey(offers, BLOCKS)
+    assert isinstance(decided(seen, offers[0]), Move)  # though by lot it would be the keeper
+    assert decided(seen, offers[1]) == Stay("it was told to")
+
+
+def test_the_only_one_that_can_be_spared_does_not_leave_a_hole_to_chance() -> None:
+    offers = [replace(an_offer("a", 0, 6), fixed=True), an_offer("b", 0, 6)]
+    unwilling = Policy(chance=0.0)
+    assert isinstance(decided(survey(offers, BLOCKS), offers[1], unwilling), Move)
+
+
+def test_of_two_newcomers_with_the_same_blocks_one_gives_way() -> None:
+    first, second = sorted("ab", key=lambda name: lot(PeerId(name)))
+    offers = [an_offer(name, 0, 6, state=State.JOINING) for name in (second, first)]
+    assert reconsider(offers, offers[1]) is None
+    assert reconsider(offers, offers[0]) == Span(6, 12)
+    assert reconsider([*offers, an_offer("c", 6, 12)], offers[0]) is None  # nowhere is it missed
 
 
 def test_looks_are_spread() -> None:

@@ -1,0 +1,115 @@
+"""One span after another: loaded, measured, served, and left again with nothing of it kept in memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peer.cache import Leases
+from peer.config import ServeSettings
+from peer.executor import Executor
+from peer.load import Load
+from swarm.checkpoint import Progress
+from swarm.errors import UsageError
+from swarm.rpc import Rpc
+from swarm.types import ModelId, Span
+
+if TYPE_CHECKING:
+    from peer.capacity import Capacity
+    from peer.server import Server
+    from peer.stage import Stage
+
+log = logging.getLogger(__name__)
+
+
+class Hosting:
+    """What this peer hosts of a model.
+
+    Attributes:
+        server: serves the present span, or served the last one; None before the first.
+        tell: how far loading has come.
+    """
+
+    def __init__(
+        self, folder: Path, model: ModelId, settings: ServeSettings, rpc: Rpc, executor: Executor, tell: Progress
+    ) -> None:
+        self.server: Server | None = None
+        self.leases = Leases(0, settings.lease_seconds)  # until a stage is there and its memory is known
+        self.tell = tell
+        self._folder, self._model, self._settings = folder, model, settings
+        self._rpc, self._executor = rpc, executor
+
+    async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
+        """Measure one block, and how many like it fit. Raises `UsageError` where none does, or fewer than wanted."""
+        from peer.capacity import fitting_blocks, release_memory
+
+        settings, room = self._settings, self._room()
+        capacity = await self._executor.run(lambda: self._load(Span(block, block + 1))[1])
+        await self._executor.run(release_memory)
+        fit = fitting_blocks(capacity, settings.cache_tokens, room, num_blocks)
+        if settings.num_blocks and settings.num_blocks > fit:
+            raise UsageError(f"--num-blocks {settings.num_blocks}: there is memory for {fit} with their cache")
+        log.info(
+            "measured decode_ms=%.2f prefill_ms=%.1f weights_mb=%.1f fit=%d",
+            1000 * capacity.seconds_per_block,
+            1000 * capacity.prefill_seconds_per_block,
+            capacity.weights / 1e6,
+            fit,
+        )
+        return capacity, settings.num_blocks or fit
+
+    async def host(self, span: Span) -> Capacity:
+        """Load `span` and serve it. Raises what loading raises, and `UsageError` where the cache would not fit."""
+        from peer.capacity import cache_tokens
+        from peer.server import Server
+        from peer.stage import PAGE
+
+        room = self._room()
+        stage, capacity = await self._executor.run(lambda: self._load(span))
+        left = None if room is None else room - capacity.weights
+        tokens = cache_tokens(self._settings.cache_tokens, capacity.bytes_per_token, left)
+        self.leases.capacity, self.leases.page = max(tokens - tokens % PAGE, PAGE), PAGE
+        await self._executor.run(lambda: stage.reserve(self.leases.capacity))
+        before, self.server = self.server, Server(self._rpc, stage, self._executor, self.leases, self._model)
+        self.server.load = Load(capacity.seconds_per_block)
+        self.server.tokens = before.tokens if before else 0
+        gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
+        return capacity
+
+    async def leave(self) -> None:
+        """Let the stage go, and its memory with it. Sessions that are still there are ended."""
+        from peer.capacity import release_memory
+
+        assert self.server is not None
+        await self.server.close()
+        await self._executor.run(release_memory)
+
+    def _room(self) -> int | None:
+        import torch
+
+        from peer.capacity import budget
+
+        return budget(torch.device(self._settings.device), self._settings.memory)
+
+    def _load(self, span: Span) -> tuple[Stage, Capacity]:
+        import torch
+
+        from peer.capacity import PREFILL, measure
+        from peer.stage import Stage
+        from swarm.model import load_stage
+
+        if self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        model = load_stage(
+            self._folder,
+            span,
+            dtype=getattr(torch, self._settings.dtype),
+            device=self._settings.device,
+            progress=lambda done, total: self.tell(f"loading blocks {span}", done, total),
+        )
+        stage = Stage(model, tokens=PREFILL)  # until it is known how many there is room for
+        if stage.model.unbatched:
+            log.info("sessions run one by one: %s", stage.model.unbatched)
+        return stage, measure(stage)
