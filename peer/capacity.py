@@ -13,6 +13,7 @@ import torch
 
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import UsageError
+from swarm.quantized import weight_bytes
 from swarm.types import Span
 
 DEFAULT_CACHE_TOKENS = 16384
@@ -58,7 +59,7 @@ def measure(stage: Stage) -> Capacity:
         seconds_per_block=max(seconds, 1e-6) / len(stage.span),
         prefill_seconds_per_block=_prefill(stage),
         bytes_per_token=size,
-        weights=sum(weight.nbytes for weight in stage.model.model.parameters()),
+        weights=weight_bytes(stage.model.model),
         blocks=len(stage.span),
         activation=stage.model.hidden_size * stage.model.dtype.itemsize,
     )

@@ -118,6 +118,14 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16: what to compute in.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="none (default), int8 or int4: how to keep the blocks' weights. Smaller and faster, and less exact; "
+            "the offer says so.",
+        ),
+    ] = None,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
@@ -161,6 +169,7 @@ def serve(
         "identity": identity,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "cache_tokens": cache_tokens,
         "lease_seconds": lease_seconds,
         "look_seconds": look_seconds,

@@ -76,6 +76,7 @@ class ServeSettings(_Settings):
     stay_seconds: Annotated[float, Field(ge=0.0, le=30 * 86_400.0)] = 3600.0
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "int8", "int4"] = "none"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     drain_timeout: Annotated[float, Field(ge=0.0, le=3600.0)] = 30.0

@@ -107,6 +107,7 @@ class Hosting:
             span,
             dtype=getattr(torch, self._settings.dtype),
             device=self._settings.device,
+            quantize=None if self._settings.quantize == "none" else self._settings.quantize,
             progress=lambda done, total: self.tell(f"loading blocks {span}", done, total),
         )
         stage = Stage(model, tokens=PREFILL)  # until it is known how many there is room for

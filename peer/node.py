@@ -180,6 +180,7 @@ class Node:
             addresses=self._addresses(listening),
             state=State.JOINING,
             dtype=settings.dtype,
+            quantize=settings.quantize,
             tokens_per_second=0.0,
             cache_tokens=settings.cache_tokens or 0,
             cache_free=0,

@@ -119,6 +119,10 @@ class Checkpoint:
             raise ModelCorrupt(f"{info.file} cannot be read ({error}): {_AGAIN}") from error
         return tensor
 
+    def unmap(self) -> None:
+        """Let go of the files: what no tensor of theirs is needed for counts no longer as memory of this process."""
+        self._open.clear()
+
     def config(self) -> PreTrainedConfig:
         """The model's configuration, as transformers understands it; code that came with the model is never run.
 

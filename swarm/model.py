@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ import torch
 from swarm.blocks import StageModel, reorder, rollback
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UsageError
+from swarm.quantization import Kind
+from swarm.quantloading import load_quantized
 from swarm.skeleton import Skeleton, num_blocks
 from swarm.types import Span
 from swarm.verdict import check_cut, examine
@@ -40,11 +42,13 @@ def load_stage(
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    quantize: Kind | None = None,
     progress: Progress | None = None,
 ) -> StageModel:
     """The blocks of `span` of the model in `folder`, ready to run. Reads no other weights.
 
-    On the CPU, weights that are stored in `dtype` are mapped from the file, not copied.
+    On the CPU, weights that are stored in `dtype` are mapped from the file, not copied. Those of linear layers are
+    quantized block by block where `quantize` asks for it, and kept so in the user's cache folder for the next time.
 
     Raises:
         UsageError: the model has no such blocks.
@@ -59,7 +63,11 @@ def load_stage(
         raise UsageError(f"blocks {span} are not in {folder}: it has blocks 0:{num_blocks(config)}")
     skeleton = Skeleton(config, dtype)
     skeleton.keep_span(span)
-    _load(skeleton, checkpoint, device, progress)
+    if quantize is None:
+        _load(skeleton, checkpoint, device, progress)
+    else:
+        reader, report = _reader(checkpoint, skeleton.needed(checkpoint.names), progress)
+        load_quantized(skeleton, checkpoint, span, quantize, torch.device(device), reader, report)
     skeleton.compact(span)
     skeleton.settle(device)
     return StageModel(skeleton, span, device, cut.unbatched)
@@ -103,17 +111,28 @@ def load_ends(
 
 def _load(skeleton: Skeleton, checkpoint: Checkpoint, device: str | torch.device, progress: Progress | None) -> None:
     names = skeleton.needed(checkpoint.names)
+    reader, _ = _reader(checkpoint, names, progress)
+    skeleton.load({name: reader(name) for name in names}, device)
+
+
+def _reader(
+    checkpoint: Checkpoint, names: Iterable[str], progress: Progress | None
+) -> tuple[Callable[[str], Callable[[], torch.Tensor]], Callable[[str], None]]:
+    """For each of `names` what reads it, and what tells that it need not be read; both tell how far it is."""
     report = _Report(progress, sum(checkpoint.names[name].nbytes for name in names))
+
+    def done(name: str) -> None:
+        report.add(checkpoint.names[name].nbytes)
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
             tensor = checkpoint.tensor(name)
-            report.add(checkpoint.names[name].nbytes)
+            done(name)
             return tensor
 
         return read
 
-    skeleton.load({name: reader(name) for name in names}, device)
+    return reader, done
 
 
 class _Report:

@@ -85,6 +85,7 @@ class _Body(msgspec.Struct):
     queue: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     fixed: bool
     place: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None  # the coordinate: its vector, height and error
+    quantize: Literal["none", "int8", "int4"] = "none"
 
 
 _Shape = TypeVar("_Shape")

@@ -178,8 +178,12 @@ class Skeleton:
 
         return keys
 
-    def load(self, source: Mapping[str, Callable[[], torch.Tensor]], device: str | torch.device) -> None:
+    def load(
+        self, source: Mapping[str, Callable[[], torch.Tensor]], device: str | torch.device, within: str = ""
+    ) -> None:
         """Load the parameters that are left, from `source`: the checkpoint's names, each with what reads the tensor.
+
+        Where a part is loaded at a time, `within` is what its parameters' names begin with.
 
         Raises:
             ModelCorrupt: a weight is missing or has the wrong shape.
@@ -197,7 +201,7 @@ class Skeleton:
         tensors = {name: _Lazy(read) for name, read in source.items()}
         with without_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.top, tensors, settings)
-        _refuse_damage(self.top, info)
+        _refuse_damage(self.top, info, within)
         self.top.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
 
     @torch.no_grad()
@@ -327,8 +331,8 @@ def _owner(top: PreTrainedModel, path: str) -> PreTrainedModel:
     return cast(PreTrainedModel, owner)
 
 
-def _refuse_damage(top: PreTrainedModel, info: Any) -> None:
-    parameters = {name for name, _ in top.named_parameters()}
+def _refuse_damage(top: PreTrainedModel, info: Any, within: str) -> None:
+    parameters = {name for name, weight in top.named_parameters() if weight.is_meta and name.startswith(within)}
     missing = sorted((info.missing_keys & parameters) - top.all_tied_weights_keys.keys())
     if missing:
         raise ModelCorrupt(f"the checkpoint lacks {len(missing)} weights, the first is {missing[0]}")

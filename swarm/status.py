@@ -69,7 +69,7 @@ def _cells(offer: Offer) -> Iterator[str | Text]:
     yield f"{offer.tokens_per_second:.1f}"
     yield f"{offer.cache_tokens - offer.cache_free}/{offer.cache_tokens}"
     yield str(offer.sessions)
-    yield offer.dtype
+    yield offer.dtype if offer.quantize == "none" else offer.quantize
     yield offer.version
 
 

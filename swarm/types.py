@@ -95,6 +95,7 @@ class Offer:
     prefill_seconds_per_block: float = 0.0  # of 512 positions of one session, measured by the peer; 0: not measured
     queue: float = 0.0  # steps that another waits for, on average of late
     fixed: bool = False  # it stays at its span whatever others need: it was told to
+    quantize: str = "none"  # how the blocks' weights are kept: "none" is exact, "int8" and "int4" are less
 
 
 @dataclass(frozen=True, slots=True)

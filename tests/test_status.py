@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -79,3 +80,9 @@ def test_coverage_counts_who_is_online(offers: list[Offer]) -> None:
 )
 def test_what_a_model_may_be_called(wanted: str, means_it: bool) -> None:
     assert _is_called(MODEL, "tiny", wanted) is means_it
+
+
+def test_a_peer_with_quantized_weights_says_so() -> None:
+    quantized = dataclasses.replace(offer(0, 0, 6), quantize="int4")
+    assert "int4" in shown([quantized], 80).splitlines()[2].split()
+    assert as_json(MODEL, [quantized])["peers"][0]["quantize"] == "int4"

@@ -1,0 +1,102 @@
+"""Loading blocks and quantizing them on the way: one block at a time is in full precision, never the whole span."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+from swarm.checkpoint import Checkpoint
+from swarm.errors import CannotCut
+from swarm.quantization import Kind, QuantizedWeight, quantize
+from swarm.quantized import install, linears, matrix
+from swarm.quantstore import QuantStore
+from swarm.skeleton import Skeleton
+from swarm.types import Span
+
+
+def load_quantized(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    span: Span,
+    kind: Kind,
+    device: torch.device,
+    reader: Callable[[str], Callable[[], torch.Tensor]],
+    skipped: Callable[[str], None],
+) -> None:
+    """Load what is left of `skeleton`, the linear layers of its blocks in `kind`; the rest as it is.
+
+    Args:
+        reader: for a tensor's name in the checkpoint, what reads it.
+        skipped: told the names that need no reading, because they were quantized at an earlier start.
+
+    Raises:
+        CannotCut: blocks share weights, or hold no linear layer that could be quantized.
+        ModelCorrupt: a weight is missing, has the wrong shape or is not finite.
+    """
+    if skeleton.top.all_tied_weights_keys:
+        raise CannotCut(
+            f"{skeleton.config.model_type}: its blocks share weights, which are not quantized; leave it out"
+        )
+    keys = skeleton.resolver()
+    places = {name: keys(name) for name in skeleton.needed(checkpoint.names)}
+    store = QuantStore(checkpoint.model_id, kind, skeleton.dtype)
+    prefixes = [f"{skeleton.path}.{index}." for index in span]
+    for index, prefix in zip(span, prefixes, strict=True):
+        names = [name for name, found in places.items() if any(key.startswith(prefix) for key in found)]
+        block = skeleton.blocks[index]
+        kept = _kept(block, index, store)
+        skeleton.load({name: reader(name) for name in _left(skeleton, names, skipped)}, device, prefix)
+        weights = kept or {path: _take(layer, kind) for path, layer in linears(block).items()}
+        for parameter in block.parameters():  # what stays as it is would keep the whole file mapped
+            parameter.data = parameter.data.clone()
+        checkpoint.unmap()
+        if kept is None:
+            store.write(index, weights)
+        install(block, weights, device)
+        del kept, weights
+        _return_memory()
+    rest = [name for name, found in places.items() if not any(key.startswith(tuple(prefixes)) for key in found)]
+    skeleton.load({name: reader(name) for name in rest}, device)
+
+
+def _kept(block: nn.Module, index: int, store: QuantStore) -> dict[str, QuantizedWeight] | None:
+    """The block's weights from an earlier start, which are then not loaded again; None where they are not there."""
+    layers = linears(block)
+    if not layers:
+        raise CannotCut(f"block {index} has no linear layers: nothing of it can be quantized")
+    shapes = {path: (matrix(layer).shape[0], matrix(layer).shape[1]) for path, layer in layers.items()}
+    if (weights := store.read(index, shapes)) is not None:
+        for layer in layers.values():
+            _drop(layer)
+    return weights
+
+
+def _left(skeleton: Skeleton, names: list[str], skipped: Callable[[str], None]) -> list[str]:
+    """Those of the checkpoint's `names` that are still to be loaded."""
+    needed = skeleton.needed(names)
+    for name in names:
+        if name not in needed:
+            skipped(name)
+    return needed
+
+
+def _take(layer: nn.Module, kind: Kind) -> QuantizedWeight:
+    """The layer's weight in few bits; in full precision it is gone."""
+    weight = quantize(matrix(layer), kind)
+    _drop(layer)
+    _return_memory()
+    return weight
+
+
+def _drop(layer: nn.Module) -> None:
+    layer.register_parameter("weight", None)
+
+
+def _return_memory() -> None:
+    """Give back what was freed: glibc keeps what lies between the pieces that stay, here as much as several blocks."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
