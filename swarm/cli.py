@@ -29,11 +29,11 @@ from swarm.terminal import (
     set_up_logging,
     unless_stopped,
 )
-from swarm.types import ModelId, Offer, Span
+from swarm.types import Span
 
 if TYPE_CHECKING:
     from swarm.conversation import Answer, Conversation
-    from swarm.discovery import Discovery
+    from swarm.outlook import Outlook, Sight
     from swarm.speculation import Counts
 
 app = typer.Typer(
@@ -179,11 +179,15 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="For programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", metavar="", help="Keep looking; Ctrl-C ends it.")] = False,
+    route: Annotated[
+        bool,
+        typer.Option("--route", metavar="", help="Also the route that a client here would take, and why this one."),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Show which blocks are online how many times, and the peers that host them."""
     set_up_logging(verbose)
-    run(lambda stop: unless_stopped(_status(initial_peers, model_name, as_json, watch), stop))
+    run(lambda stop: unless_stopped(_status(initial_peers, model_name, as_json, watch, route), stop))
 
 
 # --- generate and chat ---------------------------------------------------------------------------------------------
@@ -299,60 +303,57 @@ def _speculated(counts: Counts) -> str:
 # --- status --------------------------------------------------------------------------------------------------------
 
 
-async def _status(initial_peers: list[str], model_name: str | None, as_json: bool, watch: bool) -> None:
-    from swarm.discovery import Discovery
-    from swarm.identity import Identity
+async def _status(initial_peers: list[str], model_name: str | None, as_json: bool, watch: bool, route: bool) -> None:
+    from swarm.outlook import Outlook
 
-    async with await Discovery.start(Identity.generate(), initial_peers, client_mode=True) as discovery:
-        if not watch:
-            _show(await _look(discovery, model_name), model_name, as_json)
-            return
-        screen = Console()
-        live = Live(console=screen, auto_refresh=False) if screen.is_terminal and not as_json else None
-        with live or nullcontext():
-            while True:
-                with suppress(RemoteError):  # the DHT did not answer in time: what was seen last stays
-                    found = await _look(discovery, model_name)
-                    if live is None:
-                        _show(found, model_name, as_json)
-                    else:
-                        live.update(_tables(found, model_name, screen), refresh=True)
-                await asyncio.sleep(WATCH_SECONDS)
+    async with await Outlook.start(initial_peers, route) as outlook:
+        if watch:
+            await _watch(outlook, model_name, as_json)
+        else:
+            _show(await outlook.look(model_name), model_name, as_json)
 
 
-async def _look(discovery: Discovery, model_name: str | None) -> dict[ModelId, list[Offer]]:
-    found: dict[ModelId, list[Offer]] = {}
-    for model, listing in (await discovery.models()).items():
-        if model_name is None or _is_called(model, listing.name, model_name):
-            found[model] = await discovery.offers(model, listing.num_blocks)
-    return {model: offers for model, offers in found.items() if offers}
+async def _watch(outlook: Outlook, model_name: str | None, as_json: bool) -> None:
+    screen = Console()
+    live = Live(console=screen, auto_refresh=False) if screen.is_terminal and not as_json else None
+    with live or nullcontext():
+        while True:
+            with suppress(RemoteError):  # the DHT did not answer in time: what was seen last stays
+                sights = await outlook.look(model_name)
+                if live is None:
+                    _show(sights, model_name, as_json)
+                else:
+                    live.update(_tables(sights, model_name, screen), refresh=True)
+            await asyncio.sleep(WATCH_SECONDS)
 
 
-def _is_called(model: ModelId, name: str, wanted: str) -> bool:
-    """Whether `wanted`, a model's name or path or the beginning of its id, means this one."""
-    return model.startswith(wanted) or name.casefold() == wanted.rstrip("/").rpartition("/")[2].casefold()
+def _tables(sights: list[Sight], model_name: str | None, screen: Console) -> RenderableType:
+    from swarm.status import WIDE, as_table, route_table
 
-
-def _tables(found: dict[ModelId, list[Offer]], model_name: str | None, screen: Console) -> RenderableType:
-    from swarm.status import WIDE, as_table
-
-    if not found:
+    if not sights:
         return f"nobody hosts {model_name or 'a model'}"
     wide = screen.width >= WIDE or not screen.is_terminal
-    return Group(*(as_table(model, offers, wide) for model, offers in found.items()))
+    parts: list[RenderableType] = []
+    for sight in sights:
+        parts.append(as_table(sight.model, sight.offers, wide))
+        if sight.route is not None:
+            parts.append(route_table(sight.route))
+        elif sight.problem:
+            parts.append(Text(f"no route: {sight.problem}", style="red"))
+    return Group(*parts)
 
 
-def _show(found: dict[ModelId, list[Offer]], model_name: str | None, as_json: bool) -> None:
-    from swarm.status import WIDE
+def _show(sights: list[Sight], model_name: str | None, as_json: bool) -> None:
+    from swarm.status import WIDE, route_json
     from swarm.status import as_json as described
 
     if as_json:
-        print(json.dumps([described(model, offers) for model, offers in found.items()]), flush=True)
+        print(json.dumps([described(s.model, s.offers) | route_json(s.route, s.problem) for s in sights]), flush=True)
         return
     screen = Console()
     if not screen.is_terminal:
         screen.width = WIDE  # a file has no edge
-    screen.print(_tables(found, model_name, screen))
+    screen.print(_tables(sights, model_name, screen))
 
 
 def main() -> NoReturn:

@@ -1,7 +1,8 @@
-"""What a swarm looks like from outside: which blocks are online how many times, and who hosts them."""
+"""What a swarm looks like from outside: which blocks are online how many times, who hosts them, and the route there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from swarm.explanation import Choice, Cost, Explanation
 from swarm.routing import uncovered
-from swarm.types import ModelId, Offer, State
+from swarm.types import Hop, ModelId, Offer, State
 
 WIDE = 110  # columns that a whole table needs
 
@@ -79,3 +81,52 @@ def _coverage_line(offers: Sequence[Offer], blocks: int) -> Text:
     if missing := uncovered(offers, blocks):
         return line.append(f"nobody hosts {', '.join(map(str, missing))}", style="bold red")
     return line.append("every block is online", style="green")
+
+
+# --- a route, explained ---------------------------------------------------------------------------------------------
+
+
+def route_json(route: Explanation | None, problem: str = "") -> dict[str, Any]:
+    """A route for programs, in milliseconds per token; nothing where none was asked for."""
+    if route is None:
+        return {"route": None, "problem": problem} if problem else {}
+    hops = [_choice_json(choice) for choice in route.choices]
+    return {"route": {"milliseconds": 1000 * route.seconds, "back": 1000 * route.back, "hops": hops}}
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    return {
+        **_hop_json(choice.hop),
+        "milliseconds": 1000 * choice.cost.seconds,
+        "way": 1000 * choice.cost.way,
+        "turn": 1000 * choice.cost.turn,
+        "blocks": 1000 * choice.cost.blocks,
+        "instead": [_hop_json(hop) for hop in choice.instead],
+        "extra": 1000 * choice.extra if math.isfinite(choice.extra) else None,
+        "reason": choice.reason,
+    }
+
+
+def _hop_json(hop: Hop) -> dict[str, Any]:
+    return {"peer": hop.peer, "span": [hop.span.start, hop.span.end]}
+
+
+def route_table(route: Explanation) -> RenderableType:
+    """A route for people: what each hop takes, and why it is this one. Fits into 80 columns."""
+    table = Table(title="route from here, ms per token", title_justify="left", box=None, pad_edge=False)
+    for column in ("peer", "blocks", "way", "turn", "run", "all", "next best"):
+        table.add_column(column, justify="left" if column in ("peer", "next best") else "right", no_wrap=True)
+    for choice in route.choices:
+        instead = ", ".join(f"{hop.peer[-8:]} {hop.span}" for hop in choice.instead) or "-"
+        table.add_row(choice.hop.peer[-8:], str(choice.hop.span), *_times(choice.cost), instead)
+    table.add_row("back", "", f"{1000 * route.back:.1f}")
+    table.add_row("in all", "", "", "", "", f"{1000 * route.seconds:.1f}")
+    reasons = [
+        Text(f"{choice.hop.peer[-8:]} {choice.hop.span}: {choice.reason}", style="dim") for choice in route.choices
+    ]
+    return Group(table, *reasons)
+
+
+def _times(cost: Cost) -> Iterator[str]:
+    for seconds in (cost.way, cost.turn, cost.blocks, cost.seconds):
+        yield f"{1000 * seconds:.1f}"

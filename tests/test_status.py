@@ -10,8 +10,11 @@ from hypothesis import given
 from rich.console import Console
 from test_routing import BLOCKS, offer, swarms
 
-from swarm.cli import _is_called
-from swarm.status import WIDE, as_json, as_table, coverage
+from swarm.errors import NoRoute
+from swarm.explanation import explain
+from swarm.outlook import is_called
+from swarm.routing import find_route
+from swarm.status import WIDE, as_json, as_table, coverage, route_json, route_table
 from swarm.types import ModelId, Offer, State
 
 MODEL = ModelId("ab" * 32)
@@ -79,10 +82,46 @@ def test_coverage_counts_who_is_online(offers: list[Offer]) -> None:
     [("tiny", True), ("./models/tiny/", True), ("org/Tiny", True), ("abab", True), ("tin", False), ("ba", False)],
 )
 def test_what_a_model_may_be_called(wanted: str, means_it: bool) -> None:
-    assert _is_called(MODEL, "tiny", wanted) is means_it
+    assert is_called(MODEL, "tiny", wanted) is means_it
 
 
 def test_a_peer_with_quantized_weights_says_so() -> None:
     quantized = dataclasses.replace(offer(0, 0, 6), quantize="int4")
     assert "int4" in shown([quantized], 80).splitlines()[2].split()
     assert as_json(MODEL, [quantized])["peers"][0]["quantize"] == "int4"
+
+
+CHOICE = [offer(0, 0, 3, speed=10), offer(1, 3, 6, speed=10), offer(2, 3, 6, speed=5)]
+
+
+def test_a_route_for_programs() -> None:
+    told = json.loads(json.dumps(route_json(explain(find_route(CHOICE, BLOCKS), CHOICE))))["route"]
+    first, last = told["hops"]
+    assert (first["peer"], first["span"], first["instead"], first["extra"]) == ("peer0", [0, 3], [], None)
+    assert first["reason"] == "nobody else hosts all of 0:3"
+    assert (last["peer"], last["instead"]) == ("peer1", [{"peer": "peer2", "span": [3, 6]}])
+    assert last["extra"] == pytest.approx(100)
+    assert last["reason"] == "the next best is slower (+100.0 ms)"
+    assert told["milliseconds"] == pytest.approx(sum(hop["milliseconds"] for hop in told["hops"]) + told["back"])
+    assert all(hop["way"] + hop["turn"] + hop["blocks"] == pytest.approx(hop["milliseconds"]) for hop in told["hops"])
+
+
+def test_a_route_for_people() -> None:
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as capture:
+        console.print(route_table(explain(find_route(CHOICE, BLOCKS), CHOICE)))
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines[2] == ["peer0", "0:3", "0.0", "2.0", "100.0", "102.0", "-"]
+    assert lines[3] == ["peer1", "3:6", "0.0", "2.0", "100.0", "102.0", "peer2", "3:6"]
+    assert lines[4:6] == [["back", "0.0"], ["in", "all", "204.0"]]
+    assert lines[6:] == [
+        ["peer0", "0:3:", "nobody", "else", "hosts", "all", "of", "0:3"],
+        ["peer1", "3:6:", "the", "next", "best", "is", "slower", "(+100.0", "ms)"],
+    ]
+
+
+def test_where_there_is_no_route_the_reason_is_told() -> None:
+    with pytest.raises(NoRoute) as caught:
+        find_route(CHOICE[:1], BLOCKS)
+    assert route_json(None, str(caught.value)) == {"route": None, "problem": str(caught.value)}
+    assert route_json(None) == {}
