@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,16 +14,16 @@ from peer.cache import Leases
 from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
 from peer.load import Load
-from peer.outlet import Failed, Outlet
+from peer.outlet import Failed
 from peer.scheduler import Slice, Work
-from peer.stage import SessionState, Stage, StepInput
-from swarm import tensors, wire
+from peer.served import ServedSession, step_input, unheard
+from peer.stage import Stage, StepInput
+from swarm import wire
 from swarm.errors import (
     BadTensor,
     BeyondCache,
     Busy,
     Draining,
-    Forgotten,
     ProtocolError,
     RemoteError,
     ShoalError,
@@ -31,36 +31,13 @@ from swarm.errors import (
     WrongModel,
     to_wire,
 )
-from swarm.frames import Buffer
-from swarm.history import History, Piece
 from swarm.rpc import Link, Reply, Rpc
-from swarm.types import ModelId, PeerId, SessionId, Span
+from swarm.types import ModelId, SessionId, Span
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING_STEPS = 1024  # steps of one session that may wait for the compute thread
-REPLAY_POSITIONS = 256  # of a replayed step, at most: other sessions' steps go between
-FEED_SECONDS = 0.2  # between two times that spares are told what is new
 BACKUP_BYTES = 256 * 1024 * 1024  # of what was passed on, of all sessions together
-
-
-class ServedSession:
-    """A session as its peer sees it: its state here, the ways to the client and to the next hop."""
-
-    def __init__(self, key: SessionId, client: Outlet, state: SessionState) -> None:
-        self.key = key
-        self.client = client
-        self.state = state
-        self.next: Outlet | None = None
-        self.spares: dict[PeerId, tuple[Outlet, int]] = {}  # who is told late what next is told, over how many hops
-        self.feeding: asyncio.TimerHandle | None = None
-        self.history: History | None = History()  # what was passed on; None where that was too much to keep
-        self.epoch = 0
-        self.answering = 0, 0  # epoch and number of the step that is answered
-        self.answer: list[torch.Tensor] = []  # what the client wants of the step that is run in pieces
-
-    def __repr__(self) -> str:
-        return f"<ServedSession {self.key.hex()[:8]} {self.state.model.span} at {self.state.length}>"
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +91,6 @@ class Server:
         self.draining = False
         self.load = Load(0.0)
         self.tokens = 0
-        self._backup = 0  # bytes of all sessions' histories
         rpc.answer(wire.OpenSession, self._open)
         rpc.answer(wire.KeepAlive, self._keep_alive)
         rpc.answer(wire.Replay, self._replay)
@@ -138,20 +114,23 @@ class Server:
     async def _open(self, link: Link, message: wire.OpenSession, body: memoryview) -> Reply:
         key = SessionId(message.session)
         session = self._sessions.get(key)
+        if session is not None and session.client.peer != link.peer:
+            raise UnknownSession("the session is another client's")
+        if session is not None and message.epoch < session.opened:
+            raise UnknownSession("the client has asked for something else since")
+        if session is not None and not _is_same(session, message):
+            self._forget(key)  # the client has another part for us
+            session = None
         if session is None:
             session = await self._admit(key, link, message)
-        elif session.client.peer != link.peer:
-            raise UnknownSession("the session is another client's")
-        state, span = session.state, session.state.model.span
-        if (message.start, message.end, message.batch) != (span.start, span.end, state.batch):
-            raise WrongModel(f"the session has {state.batch} rows and blocks {span}; neither can change")
+        state = session.state
         length = max(message.max_length, state.length)  # what it holds stays, and stays leased
         self._leases.grant(key, self._leases.room(message.batch, length), self._clock())
-        if session.client.link is not link:  # a client that lost its connection comes back on another
-            session.client = Outlet(self._rpc, link)
+        session.heard_from(link)
+        session.opened = message.epoch
         state.max_length = length
         try:
-            await self._set_next(session, message.next)
+            await session.set_next(message.next)
         except (RemoteError, asyncio.CancelledError):
             if session.state.number == 0:
                 self._forget(key)
@@ -173,24 +152,16 @@ class Server:
             self._leases.release(key)
             raise
         self._empty.clear()
-        session = self._sessions[key] = ServedSession(key, Outlet(self._rpc, link), state)
+        session = self._sessions[key] = ServedSession(self._rpc, key, link, state)
         log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.model.span)
         return session
 
-    async def _set_next(self, session: ServedSession, endpoint: wire.Endpoint | None) -> None:
-        if endpoint is None:
-            session.next = None
-        elif endpoint.peer in session.spares:
-            session.next, _ = session.spares.pop(PeerId(endpoint.peer))
-        elif session.next is None or session.next.endpoint != endpoint or session.next.link.error is not None:
-            session.next = await Outlet.open(self._rpc, endpoint)
-
     async def _keep_alive(self, link: Link, message: wire.KeepAlive, body: memoryview) -> Reply:
         session = self._of_client(link, message.session)
-        if session.client.link is not link:
-            session.client = Outlet(self._rpc, link)
+        session.heard_from(link)
         self._leases.renew(session.key, self._clock())
-        return wire.Alive(session.state.number, session.epoch, self._engine.waiting(session.key))
+        waiting = self._engine.waiting(session.key) + session.outward
+        return wire.Alive(session.state.number, session.came, waiting)
 
     def _close(self, link: Link, message: wire.CloseSession, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) and session.client.peer == link.peer:
@@ -204,9 +175,7 @@ class Server:
 
     def _forget(self, key: SessionId) -> None:
         if (session := self._sessions.pop(key, None)) is not None:
-            self._drop_history(session)
-            if session.feeding is not None:
-                session.feeding.cancel()
+            session.close()
             self._engine.cancel(key)
             self._executor.submit(lambda: self._stage.close(session.state), _closed)
         self._leases.release(key)
@@ -231,13 +200,18 @@ class Server:
         if message.epoch > session.epoch:
             session.epoch = message.epoch
             self._engine.cancel(session.key, _was_given_up)
+        if not message.replay:
+            session.came = message.epoch
         try:
             self._check_room(session, message)
-            step = _step_input(message, body)
+            step = step_input(message, body)
         except RemoteError as error:
             self._refuse(session.client.link, message, _blamed(error, link, session))
             return
         self._leases.renew(session.key, self._clock())
+        if not self._engine.waiting(session.key) and (kept := session.kept_output(message)) is not None:
+            session.pass_on(message, step, kept, message.more, self._teller(session, message))
+            return
         rows, count, _ = message.hidden.shape
         now = self._clock()
         self._engine.add(
@@ -255,8 +229,7 @@ class Server:
 
     def _check_room(self, session: ServedSession, message: wire.Step) -> None:
         """Before anything is kept of it: whether the step can be taken at all."""
-        outward = len(session.client) + (len(session.next) if session.next else 0)
-        if self._engine.waiting(session.key) + outward >= MAX_WAITING_STEPS:
+        if self._engine.waiting(session.key) + session.outward >= MAX_WAITING_STEPS:
             raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
         state = session.state
         if len(message.hidden.shape) != 3 or 0 in message.hidden.shape:
@@ -275,7 +248,8 @@ class Server:
             self._refuse(session.client.link, message, _blamed(outcome, receipt.link, session))
             return
         if message.replay != 1:
-            self._pass_on(session, message, step, outcome, message.more or not piece.is_last)
+            more = message.more or not piece.is_last
+            session.pass_on(message, step, outcome, more, self._teller(session, message))
         if outcome.shape[:2] == (1, 1):
             now, alone = self._clock(), receipt.alone and len(self._engine) == 1
             self.load.took(now - receipt.came, len(session.state.model.span), alone, now)
@@ -283,112 +257,38 @@ class Server:
     def ran_since(self, receipt: Receipt, step: StepInput, outcome: Outcome) -> None:
         """What is left to do when the next turn is under way."""
         if self._sessions.get(receipt.session.key) is receipt.session and isinstance(outcome, torch.Tensor):
-            self._keep(receipt.session, step, outcome)
+            receipt.session.keep(step, outcome)
+            self._bound_backup()
             self.tokens += outcome.shape[0] * outcome.shape[1]
 
-    def _pass_on(
-        self, session: ServedSession, message: wire.Step, step: StepInput, output: torch.Tensor, more: bool
-    ) -> None:
-        if session.next is not None:
-            onward = replace(step, hidden=output)
-            replay = max(message.replay - 1, 0)
-            header, body = step_message(session.key, message.epoch, message.keep, onward, replay, more)
-            session.next.send(header, body, lambda error: self._refuse(session.client.link, message, error))
-        elif not message.replay:
-            self._answer(session, message, output, more)
+    def _bound_backup(self) -> None:
+        """What was passed on is kept as long as there is room for it; the longest is forgotten first."""
+        kept = {key: one.history.nbytes for key, one in self._sessions.items() if one.history is not None}
+        while sum(kept.values()) > BACKUP_BYTES:
+            largest = max(kept, key=lambda key: kept[key])
+            self._sessions[largest].history = None
+            del kept[largest]
 
-    def _answer(self, session: ServedSession, message: wire.Step, output: torch.Tensor, more: bool) -> None:
-        """Tell the client, once the last piece is there."""
-        if (message.epoch, message.number) != session.answering:
-            session.answering, session.answer = (message.epoch, message.number), []
-        session.answer.append(output)
-        wanted = session.answer[0] if len(session.answer) == 1 else torch.cat(session.answer, 1)
-        wanted = wanted[:, -message.keep :] if message.keep else wanted
-        session.answer = [wanted] if more and message.keep else session.answer
-        if not more:
-            answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(wanted))
-            session.client.send(answer, tensors.encode([wanted]), _unheard)
-            session.answer = []
-
-    def _keep(self, session: ServedSession, step: StepInput, output: torch.Tensor) -> None:
-        """Upstream backup: remember what was passed on, as long as there is room for it."""
-        if session.next is None:
-            return
-        if session.spares and session.feeding is None:
-            session.feeding = asyncio.get_running_loop().call_later(FEED_SECONDS, self._feed_spares, session)
-        if step.position == 0 and session.history is None:
-            session.history = History()
-        if session.history is not None and session.history.length < step.position:
-            self._drop_history(session)  # it was the last hop before, and kept nothing
-        if session.history is None:
-            return
-        before = session.history.nbytes
-        session.history.record(step.number, step.position, output, step.rows, step.position_ids, step.mask)
-        self._backup += session.history.nbytes - before
-        while self._backup > BACKUP_BYTES:
-            largest = max(self._sessions.values(), key=lambda one: one.history.nbytes if one.history else 0)
-            self._drop_history(largest)
-
-    def _drop_history(self, session: ServedSession) -> None:
-        if session.history is not None:
-            self._backup -= session.history.nbytes
-            session.history = None
+    # --- failover and leaving --------------------------------------------------------------------------------------
 
     async def _replay(self, link: Link, message: wire.Replay, body: memoryview) -> Reply:
         session = self._of_client(link, message.session)
-        if session.next is None:
-            raise Forgotten("nothing comes after this hop")
         if message.epoch > session.epoch:
             self._engine.cancel(session.key, _was_given_up)
         await self._engine.settled(session.key)  # what came before is part of the history, once it has been run
-        history = session.history
-        if history is None or history.length < message.end:
-            raise Forgotten(f"{history.length if history else 0} of {message.end} positions are kept")
-        session.epoch = max(session.epoch, message.epoch)
-        history.truncate(message.end)
-        start = min(message.start, history.given(session.next.peer))  # a spare has most of it already
-        session.spares.clear()
-
-        def failed(error: RemoteError) -> None:
-            self._fail(session.client.link, message.session, message.epoch, 0, error)
-
-        for piece in history.pieces(start, message.end, REPLAY_POSITIONS):
-            self._send_piece(session, session.next, piece, message.hops, failed)
+        session.replay(message, self._teller(session, message))
         return wire.Done()
-
-    def _send_piece(self, session: ServedSession, outlet: Outlet, piece: Piece, hops: int, failed: Failed) -> None:
-        assert session.history is not None
-        step = StepInput(session.history.number, piece.position, piece.hidden, None, piece.position_ids, piece.mask)
-        header, body = step_message(session.key, session.epoch, 0, step, hops)
-        outlet.send(header, body, failed)
-
-    # --- spares and leaving ----------------------------------------------------------------------------------------
 
     async def _feed(self, link: Link, message: wire.Feed, body: memoryview) -> Reply:
         session = self._of_client(link, message.session)
-        if session.history is None:
-            raise Forgotten("what was passed on is not kept")
-        outlet = await Outlet.open(self._rpc, message.spare)
-        session.history.follow(outlet.peer)
-        session.spares[outlet.peer] = outlet, message.hops
-        self._feed_spares(session)
+        session.feed(await session.dial(message.spare), message.hops)
         return wire.Done()
-
-    def _feed_spares(self, session: ServedSession) -> None:
-        """Tell the spares what is new: after the step, together with others, so that no step waits for it."""
-        session.feeding = None
-        if session.history is None:
-            session.spares.clear()
-        for outlet, hops in session.spares.values():
-            assert session.history is not None
-            for piece in session.history.news(outlet.peer, REPLAY_POSITIONS):
-                self._send_piece(session, outlet, piece, hops, _unheard)
 
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions, ask the clients of the others to move, wait until they have; whether they did."""
         self.draining = True
         for session in self._sessions.values():
-            session.client.send(wire.Leaving(session.key), (), _unheard)
+            session.client.send(wire.Leaving(session.key), (), unheard)
         try:
             async with asyncio.timeout(timeout):
                 await self._empty.wait()
@@ -411,6 +311,11 @@ class Server:
 
     # --- what went wrong -------------------------------------------------------------------------------------------
 
+    def _teller(self, session: ServedSession, message: wire.Step | wire.Replay) -> Failed:
+        """Tells the client where what `message` asks for cannot be passed on."""
+        number = message.number if isinstance(message, wire.Step) else 0
+        return lambda error: self._fail(session.client.link, message.session, message.epoch, number, error)
+
     def _refuse(self, link: Link, message: wire.Step, error: BaseException) -> None:
         """Tell whoever can do something about it that this step failed, and who is at fault."""
         if not isinstance(error, ShoalError):
@@ -425,11 +330,7 @@ class Server:
     def _failed_downstream(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
         """The next hop does not know the session's client; we do."""
         if (session := self._sessions.get(SessionId(message.session))) is not None:
-            session.client.send(message, (), _unheard)
-
-
-def _unheard(error: RemoteError) -> None:
-    """The client is gone: nobody is left to tell, and its lease will end."""
+            session.client.send(message, (), unheard)
 
 
 def _was_given_up(work: Work) -> bool:
@@ -443,38 +344,10 @@ def _closed(_: None, error: BaseException | None) -> None:
         log.error("a session's pages were not given back", exc_info=error)
 
 
-def step_message(
-    key: bytes, epoch: int, keep: int, step: StepInput, replay: int = 0, more: bool = False
-) -> tuple[wire.Step, Sequence[Buffer]]:
-    """A step as it goes to the next hop."""
-    extras = [extra for extra in (step.position_ids, step.mask) if extra is not None]
-    header = wire.Step(
-        key,
-        epoch,
-        step.number,
-        step.position,
-        keep,
-        tensors.spec_of(step.hidden),
-        step.rows,
-        None if step.position_ids is None else tensors.spec_of(step.position_ids),
-        None if step.mask is None else tensors.spec_of(step.mask),
-        replay,
-        more,
-    )
-    return header, tensors.encode([step.hidden, *extras])
-
-
-def _step_input(message: wire.Step, body: memoryview) -> StepInput:
-    views = iter(tensors.decode(body, message.specs()))
-    return StepInput(
-        number=message.number,
-        position=message.position,
-        hidden=next(views),
-        rows=message.rows,
-        position_ids=next(views) if message.position_ids is not None else None,
-        mask=next(views) if message.mask is not None else None,
-        replayed=message.replay > 0,
-    )
+def _is_same(session: ServedSession, terms: wire.OpenSession) -> bool:
+    """Whether what cannot change of a session is as it was."""
+    span = session.state.model.span
+    return (terms.start, terms.end, terms.batch) == (span.start, span.end, session.state.batch)
 
 
 def _blamed(error: BaseException, sender: Link, session: ServedSession) -> BaseException:

@@ -33,7 +33,19 @@ class StepInput:
     rows: list[int] | None = None  # [B], which earlier rows the present ones continue
     position_ids: torch.Tensor | None = None  # [B, N]
     mask: torch.Tensor | None = None  # [B, N], 1 for a token and 0 for padding
-    replayed: bool = False  # it brings the session to where other stages are, over steps that were never seen here
+    since: int | None = None  # the step that it builds on; None for the one before it
+
+    def builds_on(self, number: int) -> bool:
+        """Whether it goes on, or comes again, where step `number` was the last: what it takes for granted is there."""
+        return number in (self.number, self._base)
+
+    def moves_rows(self, number: int) -> bool:
+        """Whether its rows are to be picked where step `number` was the last: once, however often it comes."""
+        return self.rows is not None and self.position > 0 and number == self._base != self.number
+
+    @property
+    def _base(self) -> int:
+        return self.number - 1 if self.since is None else self.since
 
     def piece(self, start: int, end: int) -> StepInput:
         """Its positions `start` to `end`, counted from its own first."""
@@ -47,7 +59,7 @@ class StepInput:
             self.rows if start == 0 else None,
             None if ids is None else ids[:, start:end],
             None if mask is None else mask[:, start:end],
-            self.replayed,
+            self.since,
         )
 
 
@@ -224,7 +236,7 @@ class Stage:
         if not hidden.is_floating_point() or not torch.isfinite(hidden).all():
             raise BadTensor("hidden states that are not finite numbers")
         rows, count = hidden.shape[:2]
-        missed = step.number > state.number + 1 and step.position > 0 and not step.replayed
+        missed = step.position > 0 and not step.builds_on(state.number)
         if missed or step.position > state.length:
             raise BeyondCache(
                 f"step {step.number} at position {step.position} leaves a gap: "
@@ -238,7 +250,7 @@ class Stage:
 
     def _check_rows(self, state: SessionState, step: StepInput, rows: int, count: int) -> None:
         held = state.rows if step.position else rows
-        picks = step.rows is not None and step.position > 0 and step.number == state.number + 1  # else it has, before
+        picks = step.moves_rows(state.number)
         if step.rows is not None and (len(step.rows) != rows or (picks and max(step.rows) >= held)):
             raise BadTensor(f"rows {step.rows} do not continue the session's {held}")
         if not picks and held != rows:
@@ -263,7 +275,7 @@ class Stage:
                 rollback(state.cache, step.position)
         state.length = step.position
         state.mask = state.mask[:, : step.position] if state.mask is not None else None
-        if step.rows is not None and step.number == state.number + 1 and step.position:
+        if step.rows is not None and step.moves_rows(state.number):
             self._reorder(state, step.rows)
             state.number = step.number
 

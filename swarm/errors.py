@@ -80,9 +80,11 @@ class RemoteError(ShoalError):
 
     Attributes:
         peer: the PeerId that it is about, empty where nobody is known to be at fault.
+        teller: the PeerId of who says so, empty where that is ourselves.
     """
 
     code: ClassVar[str] = "remote"
+    teller = ""
 
     def __init__(self, message: str, peer: str = "") -> None:
         super().__init__(message)

@@ -7,10 +7,21 @@ hop, and every hop what it sent to the next.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+_CHANGES = 1024  # steps of which it is remembered what they changed: who is further behind begins anew
+
+
+class Mark(NamedTuple):
+    """How far a peer is in a session: what it holds is known by it."""
+
+    number: int = 0  # of the last step that it has run
+    length: int = 0  # positions that it held then
 
 
 @dataclass(slots=True)
@@ -21,12 +32,22 @@ class Piece:
     hidden: torch.Tensor  # [B, N, H]
     position_ids: torch.Tensor | None = None  # [B, N]
     mask: torch.Tensor | None = None  # [B, N]
-    index: torch.Tensor | None = None  # [B'], which of the rows are now which; None while nobody moved them
+    rows: list[int] | None = None  # [B], which rows of the step it builds on its rows continue; None for the same
+    index: torch.Tensor | None = None  # [B'], which of `hidden`'s rows are now which; None while nobody moved them
 
     @property
     def end(self) -> int:
         """The position after the last."""
         return self.position + self.hidden.shape[1]
+
+
+class _Change(NamedTuple):
+    """What a step did to those before it."""
+
+    since: int  # the step before
+    number: int
+    position: int  # from here on, it is the content
+    rows: torch.Tensor | None  # and before, these rows of what was
 
 
 class History:
@@ -40,27 +61,33 @@ class History:
 
     def __init__(self) -> None:
         self._pieces: list[Piece] = []
+        self._changes: deque[_Change] = deque(maxlen=_CHANGES)
         self.number = 0
         self.length = 0
         self.nbytes = 0
-        self._followers: dict[str, int] = {}  # how many positions each was given
 
-    def record(
-        self,
-        number: int,
-        position: int,
-        hidden: torch.Tensor,
-        rows: list[int] | None = None,
-        position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> None:
-        """Take a step as the session's content from `position` on. Twice the same step is as once."""
-        self.truncate(position)
-        if rows is not None and position and number == self.number + 1:
-            self._reorder(torch.tensor(rows))
-        self._pieces.append(Piece(position, hidden, position_ids, mask))
-        self.number, self.length = number, position + hidden.shape[1]
-        self.nbytes += hidden.nbytes
+    @property
+    def mark(self) -> Mark:
+        """How far it is itself."""
+        return Mark(self.number, self.length)
+
+    def record(self, number: int, piece: Piece, since: int | None = None) -> None:
+        """Take a step as the session's content from its position on. Twice the same step is as once.
+
+        `since` is the step that it builds on, None for the one before. Raises `ValueError` where that is not the last.
+        """
+        base = number - 1 if since is None else since
+        if piece.position and self.number not in (base, number):
+            raise ValueError(f"step {number} builds on step {base}, and {self.number} was the last")
+        self.truncate(piece.position)
+        if number != self.number:
+            rows = torch.tensor(piece.rows) if piece.rows is not None and piece.position else None
+            if rows is not None:
+                self._reorder(rows)
+            self._changes.append(_Change(base, number, piece.position, rows))
+        self._pieces.append(replace(piece, rows=None))
+        self.number, self.length = number, piece.end
+        self.nbytes += piece.hidden.nbytes
 
     def truncate(self, length: int) -> None:
         """Forget what lies after `length` positions. Raises `ValueError` for a gap."""
@@ -74,31 +101,40 @@ class History:
                 self._pieces.append(kept)
                 self.nbytes += kept.hidden.nbytes
         self.length = length
-        self._followers = {name: min(given, length) for name, given in self._followers.items()}
 
     def _reorder(self, rows: torch.Tensor) -> None:
-        self._followers = dict.fromkeys(self._followers, 0)
         for piece in self._pieces:
             piece.index = rows if piece.index is None else piece.index[rows]
 
-    def follow(self, name: str) -> None:
-        """From now on, remember what `name` was given."""
-        self._followers.setdefault(name, 0)
+    def update(self, mark: Mark, end: int, most: int) -> Iterator[Piece]:
+        """What brings a peer from `mark` to position `end`, in pieces of `most` at most: to be sent as `self.number`.
 
-    def given(self, name: str) -> int:
-        """How many positions `name` was given and still are as they were then; 0 for a stranger."""
-        return self._followers.get(name, 0)
+        Steps in which each position came alone are put together: a replay runs at the speed of a prefill. What lies
+        before them stays; where rows have moved since, the first piece says how.
+        """
+        start, rows = self._kept_since(mark.number)
+        start = min(start, mark.length, end)
+        if start == end and mark.number != self.number:
+            start = max(0, start - 1)  # there is nothing new but the number
+        moved = rows.tolist() if rows is not None and start else None
+        for piece in self.pieces(start, end, most):
+            yield replace(piece, rows=moved)
+            moved = None
 
-    def news(self, name: str, most: int) -> Iterator[Piece]:
-        """What `name` was not given yet; it counts as given from now on."""
-        start, self._followers[name] = self.given(name), self.length
-        return self.pieces(start, self.length, most)
+    def _kept_since(self, number: int) -> tuple[int, torch.Tensor | None]:
+        """How many positions of step `number` are still content, and which of its rows are now which."""
+        start, rows, expected = self.length, None, self.number
+        for change in reversed(self._changes):
+            if expected <= number:
+                break
+            start = min(start, change.position)
+            if change.rows is not None:
+                rows = change.rows if rows is None else change.rows[rows]
+            expected = change.since
+        return (start, rows) if expected == number else (0, None)
 
     def pieces(self, start: int, end: int, most: int) -> Iterator[Piece]:
-        """What brings a peer that holds `start` positions to `end`, in steps of `most` positions at most.
-
-        Steps in which each position came alone are put together: a replay runs at the speed of a prefill.
-        """
+        """The content from `start` to `end`, in pieces of `most` positions at most."""
         held = [
             _cut(piece, max(piece.position, start), min(piece.end, end))
             for piece in self._pieces

@@ -11,38 +11,33 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from swarm import tensors, wire
-from swarm.avoidance import Avoidance
-from swarm.errors import (
-    DeadlineExceeded,
-    Forgotten,
-    Malformed,
-    NoRoute,
-    Refused,
-    RemoteError,
-    Unreachable,
-)
+from swarm import wire
+from swarm.blame import Blame
+from swarm.errors import DeadlineExceeded, Forgotten, NoRoute, RemoteError
 from swarm.history import History, Piece
 from swarm.pace import Pace
+from swarm.place import Place, step_header
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, ModelId, PeerId, Route, SessionId, Span
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT = 10.0  # seconds for a hop to grant a lease
-PROBE_TIMEOUT = 0.5  # seconds for a hop to say that it lives
+OPEN_SECONDS = 10.0  # for a hop to grant a lease, before the first step
+FAILOVER_SECONDS = 4.0  # the same, in the middle of an answer
+REOPEN_SECONDS = 1.0  # for a hop to say how far it is, where nothing else is asked of it
+REPLAY_SECONDS = 2.0  # for a hop to begin a replay, beside what it may have to run before
+PROBE_SECONDS = 0.5  # for a hop to say that it lives
 REPLAY_POSITIONS = 256  # of a replayed step, at most
-_UNKNOWN = -1  # how far a hop is after a step was given up in the middle
 
 
 class Shunned(NamedTuple):
     """Whom a route has to do without."""
 
     rather: set[PeerId]  # if that is possible
-    ever: set[PeerId]  # in any case
+    now: set[PeerId]  # at this moment: they are given some rest
+    ever: set[PeerId]  # for good
 
 
 class Neighbours(NamedTuple):
@@ -69,28 +64,6 @@ class RouteFinder(Protocol):
         """
 
 
-@dataclass(slots=True)
-class Place:
-    """One hop of the route and how far it is."""
-
-    hop: Hop
-    link: Link | None = None
-    open: bool = False  # on the terms of the moment: who comes next, how long it may get
-    failed: bool = False  # another peer has to take its place
-    number: int = 0  # of the last step it ran, as it said when the session was opened there
-    length: int = 0  # positions it holds, as it said then
-    spares: list[list[Place]] = field(default_factory=list)  # who follows, ready to take the place: one or several
-
-    @property
-    def sound(self) -> bool:
-        """Whether it can take the next step."""
-        lives = self.link is not None and self.link.error is None
-        return lives and self.open and not self.failed and self.number != _UNKNOWN
-
-    def __str__(self) -> str:
-        return f"{self.hop}{'!' if self.failed else ''}"
-
-
 class LiveRoute:
     """The places of one session.
 
@@ -98,12 +71,13 @@ class LiveRoute:
         max_length: positions to lease at every hop.
         failovers: how often places were given to other peers.
         epoch: grows with every attempt; what is left over from an earlier one is dropped by everybody.
+        replayed: positions that some hop has to run again before the step under way.
     """
 
     def __init__(
         self,
         rpc: Rpc,
-        avoidance: Avoidance,
+        blame: Blame,
         key: SessionId,
         model: ModelId,
         blocks: Span,
@@ -115,18 +89,17 @@ class LiveRoute:
         self.max_length = max_length
         self.failovers = 0
         self.epoch = 0
+        self.replayed = 0
         self.places: list[Place] = []
         self.pace = Pace()
+        self.blame = blame
         self._rpc = rpc
-        self._avoidance = avoidance
         self.key = key
         self._model = model
         self._blocks = blocks
-        self.find = find
+        self._find = find
         self._batch = batch
         self._lost = lost
-        self._refused: set[PeerId] = set()  # who said no to the step under way
-        self._trouble: float | None = None  # since when the step under way meets failures, on the loop's clock
         self._lease = 0.0
         self._alive: asyncio.Task[None] | None = None
 
@@ -135,43 +108,35 @@ class LiveRoute:
         """The peers that hold the session, None before the first step."""
         return Route(tuple(place.hop for place in self.places)) if self.places else None
 
+    def place_of(self, peer: str) -> Place | None:
+        """Where on the route a peer is; None for spares and strangers."""
+        return next((place for place in self.places if place.peer == peer), None)
+
     # --- who failed ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A new step: what was wrong with the one before is forgiven, but not forgotten."""
-        self._refused.clear()
-        self._trouble = None
-
-    def blame(self, error: RemoteError, begun: bool) -> None:
-        """Mark the place whose peer is at fault. `begun` is whether the session has run a step before."""
-        if begun:
-            self._trouble = self._trouble or asyncio.get_running_loop().time()
-        for place in self.places:
-            if place.hop.peer == error.peer:
-                place.failed = True
-        if not error.peer:
-            return
-        if isinstance(error, Refused):
-            self._refused.add(PeerId(error.peer))
-        else:
-            self._avoidance.failed(PeerId(error.peer), asyncio.get_running_loop().time())
+    def fault(self, error: RemoteError) -> None:
+        """See who is at fault: another takes the place or, where it may do better than it did, it is asked again."""
+        now = asyncio.get_running_loop().time()
+        place = self.place_of(error.peer)
+        lives = place is not None and place.lives
+        if place is not None and self.blame.doubts(error, lives):
+            place.open = False
+        elif (peer := self.blame.judge(error, lives, now)) and (place := self.place_of(peer)) is not None:
+            place.failed = True
 
     def lose_track(self) -> None:
-        """A step was given up in the middle: how far the hops are is not known any more."""
+        """A step was given up in the middle: how far the hops are has to be asked."""
         for place in self.places:
-            place.number = _UNKNOWN
+            place.open = False
 
     def lease_for(self, length: int) -> None:
         """Ask for so many positions when the session is opened the next time, which is now."""
         self.max_length = length
-        for place in self.places:
-            place.open = False
+        self.lose_track()
 
     def shunned(self) -> Shunned:
         """Whom to do without at this moment."""
-        now = asyncio.get_running_loop().time()
-        ever = self._refused | self._avoidance.resting(now)
-        return Shunned(self._avoidance.avoided(now) | ever, ever)
+        return Shunned(*self.blame.shunned(asyncio.get_running_loop().time()))
 
     # --- repair ----------------------------------------------------------------------------------------------------
 
@@ -180,6 +145,7 @@ class LiveRoute:
 
         `history` is what was sent to the first hop. Raises `NoRoute`, or a `RemoteError` to be blamed.
         """
+        self.replayed = 0
         if self.places and all(place.sound for place in self.places):
             return
         await self._replace_failed()
@@ -189,62 +155,83 @@ class LiveRoute:
             self._alive = asyncio.get_running_loop().create_task(self._keep_alive())
 
     async def _replace_failed(self) -> None:
-        """Other hosts for the blocks of the failed places, each run of them together; else a new route altogether."""
+        """Other hosts for the blocks of the failed places, each run of them together; else a new route altogether.
+
+        A peer that is on the route already may host the missing blocks too, but holds one part of a session only.
+        """
+        if self.places and await self._replaced():
+            return
+        route = await self._find(self._blocks, self.shunned, self.blame.trouble, Neighbours())
+        if not self.places or not await self._replaced():
+            self._adopt(route)
+
+    async def _replaced(self) -> bool:
+        """Whether the rest of the route could stay as it is."""
         try:
             for start, end in reversed(runs([place.failed for place in self.places])):
                 await self._replace(start, end)
         except NoRoute:
-            # Perhaps a peer that is on the route already hosts the blocks too: one peer holds one part of a session.
-            for place in self.places:
-                self._dismiss(place)
-            self.places = []
-        if not self.places:
-            # Where somebody has refused, the swarm is there but full: waiting for another host is not what was asked.
-            since = -math.inf if self._refused else self._trouble
-            route = await self.find(self._blocks, self.shunned, since, Neighbours())
-            self.places = [Place(hop) for hop in route]
+            return False
+        return True
 
     async def _replace(self, start: int, end: int) -> None:
         failed = self.places[start:end]
-        span = Span(failed[0].hop.span.start, failed[-1].hop.span.end)
-        others = {place.hop.peer for place in (*self.places[:start], *self.places[end:])}
-
-        def shunned() -> Shunned:
-            rather, ever = self.shunned()
-            return Shunned(rather | others, ever | others)
-
         if (spares := _spares_of(failed)) is not None:
             self._put(start, end, spares)
             return
-        route = await self.find(span, shunned, -math.inf, self.neighbours(start, end))
+        span = Span(failed[0].hop.span.start, failed[-1].hop.span.end)
+        others = {place.peer for place in (*self.places[:start], *self.places[end:])}
+        route = await self.find_others(span, others, self.neighbours(start, end))
         self._put(start, end, [Place(hop) for hop in route])
+
+    async def find_others(self, span: Span, others: set[PeerId], neighbours: Neighbours) -> Route:
+        """Hosts of `span` that are none of `others`, without waiting for any. Raises `NoRoute`."""
+
+        def shunned() -> Shunned:
+            return Shunned(*(each | others for each in self.shunned()))
+
+        return await self._find(span, shunned, -math.inf, neighbours)
 
     def neighbours(self, start: int, end: int) -> Neighbours:
         """Who comes before the places from `start` to `end`, and who after."""
-        after = self.places[end].hop.peer if end < len(self.places) else None
-        return Neighbours(self.places[start - 1].hop.peer if start else None, after)
+        after = self.places[end].peer if end < len(self.places) else None
+        return Neighbours(self.places[start - 1].peer if start else None, after)
 
     def _put(self, start: int, end: int, places: list[Place]) -> None:
         log.info("failover session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])
-        after = self.places[end : end + 1]
-        for place in after:  # whoever fed its spares is gone
-            self._dismiss_spares(place)
+        for place in self.places[end : end + 1]:  # whoever fed its spares is gone
+            self.dismiss_spares(place)
         for place in self.places[start:end]:
             place.spares = [spare for spare in place.spares if spare[0] not in places]
-            self._dismiss(place)
+            self.dismiss(place)
         self.places[start:end] = places
         self.failovers += 1
 
-    def _dismiss_spares(self, place: Place) -> None:
-        for each in (each for spare in place.spares for each in spare):
-            self._dismiss(each)
+    def _adopt(self, route: Route) -> None:
+        """Go over to another route; who has the same part of it as before keeps what it holds."""
+        same = {(place.peer, place.hop.span): place for place in self.places if not place.failed}
+        places = [same.get((hop.peer, hop.span)) or Place(hop) for hop in route]
+        for place in self.places:
+            self.dismiss_spares(place)
+            if place not in places:
+                self.dismiss(place)
+        if self.places:
+            log.info("another route session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])
+            self.failovers += 1
+        self.places = places
+
+    def dismiss_spares(self, place: Place) -> None:
+        """Nobody follows it any more."""
+        for each in place.followers():
+            self.dismiss(each)
         place.spares = []
 
-    def _dismiss(self, place: Place) -> None:
-        self._dismiss_spares(place)
+    def dismiss(self, place: Place) -> None:
+        """Its peer has nothing more to do with the session."""
+        self.dismiss_spares(place)
         if place.link is not None:
-            place.link.on_lost.discard(self._lost)
-        self._rpc.tell(place.hop.peer, wire.CloseSession(self.key))
+            place.link.unwatch(self._lost)
+        self._rpc.tell(place.peer, wire.CloseSession(self.key))
 
     async def _open_all(self) -> None:
         """Open the session at every place, or tell it the new terms: who comes next, how long it may get."""
@@ -259,7 +246,7 @@ class LiveRoute:
                 task.cancel()
         failures = [error for task in opening if isinstance(error := task.exception(), RemoteError)]
         for failure in failures[1:]:
-            self.blame(failure, False)
+            self.fault(failure)
         if failures:
             raise failures[0]
         for task in opening:
@@ -267,23 +254,20 @@ class LiveRoute:
 
     async def open(self, place: Place, after: Hop | None) -> None:
         """Open the session at `place` on the terms of the moment. Raises what its peer says."""
-        link = await self._rpc.connect(place.hop.peer, place.hop.addresses)
         endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
         span = place.hop.span
-        message = wire.OpenSession(self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint)
-        opened, _ = await link.call(message, timeout=OPEN_TIMEOUT)
-        if not isinstance(opened, wire.SessionOpened) or not 0 < opened.lease < math.inf:
-            raise Malformed("an answer to OpenSession that is none", link.peer)
-        self._lease = min(opened.lease, self._lease or opened.lease)
-        place.link = link
-        place.open = True
-        place.length = opened.length
-        place.number = min(opened.number, place.number) if place.number == _UNKNOWN else opened.number
-        link.on_lost.add(self._lost)
+        terms = wire.OpenSession(
+            self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint, self.epoch
+        )
+        seconds = OPEN_SECONDS if self.blame.trouble is None else FAILOVER_SECONDS
+        if place.lives and place.after == after:
+            seconds = REOPEN_SECONDS
+        lease = await place.open_session(self._rpc, terms, after, self._lost, seconds)
+        self._lease = min(lease, self._lease or lease)
 
     async def _replay(self, number: int, position: int, history: History) -> None:
         """Bring every place that is behind to `position`, from the nearest one before it that remembers."""
-        behind = [position > 0 and (p.number < number - 1 or p.length < position) for p in self.places]
+        behind = [position > 0 and (p.mark.number < number - 1 or p.mark.length < position) for p in self.places]
         for start, end in runs(behind):
             for source in range(start - 1, -2, -1):
                 try:
@@ -291,87 +275,67 @@ class LiveRoute:
                     break
                 except Forgotten:
                     log.info("replay one hop earlier session=%s hop=%d", self.key.hex()[:8], source)
-        for place in self.places:
-            place.number, place.length = max(place.number, number - 1), max(place.length, position)
 
     async def _replay_from(self, source: int, end: int, position: int, history: History) -> None:
         """Replay to the places after `source`, up to `end`. -1 is ourselves: we have everything."""
-        hops = end - source - 1
-        held = 0 if self.places[source + 1].number == _UNKNOWN else self.places[source + 1].length
+        hops, first = end - source - 1, self.places[source + 1]
+        self.replayed = max(self.replayed, position)
         if source >= 0:
-            message = wire.Replay(self.key, self.epoch, held, position, hops)
-            await self.call(self.places[source], message, self.pace.patience(position) + OPEN_TIMEOUT)
+            message = wire.Replay(self.key, self.epoch, first.mark.number, first.mark.length, position, hops)
+            await self.places[source].call(message, self.pace.patience(position) + REPLAY_SECONDS)
             return
-        for piece in history.pieces(min(held, history.given(self.places[0].hop.peer)), position, REPLAY_POSITIONS):
-            await self.send(self.places[0], history.number, piece, None, 0, hops)
-
-    async def call(self, place: Place, message: wire.Message, timeout: float = OPEN_TIMEOUT) -> object:
-        """Ask the peer at a place. Raises what it says, or `Unreachable`."""
-        if place.link is None:
-            raise Unreachable("not connected", place.hop.peer)
-        answer, _ = await place.link.call(message, timeout=timeout)
-        return answer
+        number = history.number
+        for piece in list(history.update(first.mark, position, REPLAY_POSITIONS)):
+            await self.send(first, number, piece, replay=hops, since=first.mark.number)
 
     async def send(
-        self, first: Place, number: int, piece: Piece, rows: list[int] | None, keep: int, replay: int = 0
+        self, first: Place, number: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
     ) -> None:
         """Send a step to the peer at a place. Raises `Unreachable` or `DeadlineExceeded`."""
-        extras = [extra for extra in (piece.position_ids, piece.mask) if extra is not None]
-        message = wire.Step(
-            self.key,
-            self.epoch,
-            number,
-            piece.position,
-            keep,
-            tensors.spec_of(piece.hidden),
-            rows,
-            tensors.spec_of(piece.position_ids) if piece.position_ids is not None else None,
-            tensors.spec_of(piece.mask) if piece.mask is not None else None,
-            replay,
-        )
-        if first.link is None or first.link.error is not None:
-            raise Unreachable("the connection was lost")
-        body = tensors.encode([piece.hidden, *extras])
-        if first.link.try_notify(message, body):
-            return
-        try:
-            async with asyncio.timeout(self.pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1])):
-                await first.link.notify(message, body)
-        except TimeoutError:
-            raise DeadlineExceeded(f"{first.hop} takes nothing", first.hop.peer) from None
+        header = step_header(self.key, self.epoch, number, piece, keep, replay, since)
+        await first.send(header, piece, self.pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1]))
 
     # --- living and ending -----------------------------------------------------------------------------------------
 
-    async def probe(self, waiting: Callable[[], bool]) -> None:
-        """Ask all hops who works on the step, as long as somebody is `waiting` for it.
+    async def probe(self, waiting: Callable[[], bool]) -> str:
+        """Ask all hops who works on the step, as long as somebody is `waiting` for it: the peer that does.
 
-        Raises `DeadlineExceeded` for the first hop that does not answer, or where nobody works on it any more.
+        Raises `DeadlineExceeded` for the first hop that does not answer, or to which the step never came.
         """
-        answers = await asyncio.gather(*map(self.ask, self.places), return_exceptions=True)
-        if not waiting():
-            return
-        silent = [place for place, answer in zip(self.places, answers, strict=True) if isinstance(answer, Exception)]
-        for place in silent:
-            place.failed = True
-        if silent:
-            raise DeadlineExceeded(f"no answer from {silent[0].hop}", silent[0].hop.peer)
-        if not any(isinstance(a, wire.Alive) and a.epoch == self.epoch and a.waiting for a in answers):
-            raise DeadlineExceeded("the step was lost on its way")
+        for look in range(2):  # in the first, it may be on its way between two hops
+            answers = await asyncio.gather(*(self._ask(place) for place in self.places), return_exceptions=True)
+            if not waiting():
+                return ""
+            alive = [answer for answer in answers if isinstance(answer, wire.Alive)]
+            silent = [place for place, answer in zip(self.places, answers, strict=True) if answer not in alive]
+            if silent:
+                for place in silent:
+                    place.failed = True
+                raise DeadlineExceeded(f"no answer from {silent[0].hop}", silent[0].peer)
+            at_it = [p.peer for p, a in zip(self.places, alive, strict=True) if a.epoch == self.epoch and a.waiting]
+            if at_it:
+                return at_it[0]
+            if look == 0:
+                await asyncio.sleep(PROBE_SECONDS / 2)
+        raise self._lost_on_its_way([answer.epoch == self.epoch for answer in alive])
 
-    async def ask(self, place: Place) -> wire.Alive:
-        """How far the peer at a place is. Raises what it says, or `DeadlineExceeded` where it says nothing."""
-        answer = await self.call(place, wire.KeepAlive(self.key), PROBE_TIMEOUT)
-        if not isinstance(answer, wire.Alive):
-            raise Malformed("an answer to KeepAlive that is none", place.hop.peer)
-        return answer
+    async def _ask(self, place: Place) -> wire.Alive:
+        return await place.ask(self.key, PROBE_SECONDS)
+
+    def _lost_on_its_way(self, came: Sequence[bool]) -> DeadlineExceeded:
+        """All live, and nobody works on the step: it was lost behind the last hop that it came to."""
+        last = max((index for index, here in enumerate(came) if here), default=-1)
+        receiver = self.places[min(last + 1, len(self.places) - 1)].peer
+        error = DeadlineExceeded(f"the step was lost on its way to {receiver[-6:]}", receiver)
+        error.teller = self.places[last].peer if last >= 0 else ""
+        return error
 
     async def _keep_alive(self) -> None:
         """Say that we are still here, well before the lease ends. Who denies it is found out by the next step."""
         while True:
             await asyncio.sleep(self._lease / 3)
-            following = [each for place in self.places for spare in place.spares for each in spare]
-            links = [place.link for place in (*self.places, *following) if place.link is not None]
-            calls = [link.call(wire.KeepAlive(self.key), timeout=self._lease / 3) for link in links]
+            all_places = [each for place in self.places for each in (place, *place.followers())]
+            calls = [place.ask(self.key, self._lease / 3) for place in all_places]
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     log.info("not kept alive session=%s error=%r", self.key.hex()[:8], str(outcome))
@@ -382,17 +346,18 @@ class LiveRoute:
 
     def exchange(self, peer: PeerId) -> bool:
         """Let a spare take the place of `peer` at the next repair, and do not blame it; False where there is none."""
-        places = [place for place in self.places if place.hop.peer == peer and place.spares]
-        for place in places:
-            place.failed = True
-        return bool(places)
+        place = self.place_of(peer)
+        if place is None or not place.spares:
+            return False
+        place.failed = True
+        return True
 
     def close(self) -> None:
         """Give the leases back."""
         if self._alive is not None:
             self._alive.cancel()
         for place in self.places:
-            self._dismiss(place)
+            self.dismiss(place)
 
     def __str__(self) -> str:
         return " -> ".join(map(str, self.places))
@@ -409,7 +374,7 @@ def _spares_of(failed: Sequence[Place]) -> list[Place] | None:
     """Places that can take over from all of `failed` at once, None where one of them has no living spare."""
     found: list[Place] = []
     for place in failed:
-        living = [spare for spare in place.spares if all(each.link and each.link.error is None for each in spare)]
+        living = [spare for spare in place.spares if all(each.lives for each in spare)]
         if not living:
             return None
         found += living[0]

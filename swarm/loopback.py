@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import logging
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from swarm.frames import Buffer
 from swarm.interfaces import Connection, Receiver
 from swarm.lane import Lane, Message
 from swarm.types import Address, PeerId
+
+log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0  # a dial may take
 RETRANSMISSION_SECONDS = 20.0  # before a connection is given up over which nothing comes through
@@ -330,6 +333,7 @@ class LoopbackConnection:
         latency = network.latency(self._transport.peer, self.peer)
         message = network.mangled(self._transport.peer, message)
         if nuisance.dropped and chance.random() < nuisance.dropped:
+            log.info("dropped from=%s to=%s bytes=%d", self._transport.peer, self.peer, len(message.header))
             return
         late = nuisance.reordered and chance.random() < nuisance.reordered
         lane.put(message, seconds + latency, chance.uniform(0.0, _LATE * latency) if late else 0.0)

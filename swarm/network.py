@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from swarm.bearings import Bearings
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
 from swarm.identity import Identity
+from swarm.interfaces import Transport
 from swarm.liveroute import Neighbours, Shunned
 from swarm.ping import ping
 from swarm.routing import View, find_route, uncovered
@@ -24,6 +28,7 @@ from swarm.types import ModelId, Offer, PeerId, Route, Span
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at the DHT while waiting for blocks
+GRACE_SECONDS = 2.0  # more, where hosts that have failed are only given some rest
 BEARINGS_SECONDS = 1.0  # for peers to answer, before a first route is chosen without them
 
 
@@ -36,25 +41,48 @@ class Waiting:
     on_missing: Callable[[tuple[Span, ...]], None] | None = None  # told which, each time they change
 
 
+class Directory(Protocol):
+    """Where offers are read: the DHT, or what stands for it."""
+
+    async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
+        """What peers offer for any block of the model now."""
+
+    async def close(self) -> None:
+        """Leave."""
+
+
 class Network:
     """What a client needs of the swarm. Lives in one event loop.
+
+    Args:
+        transport: how peers are reached.
+        discovery: who they are.
+        chance: spreads clients over peers that are about equally good.
+        clock: what round trips are timed by.
 
     Attributes:
         bearings: where the client is, and how far it is to those it called.
     """
 
-    def __init__(self, identity: Identity, discovery: Discovery) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        discovery: Directory,
+        chance: random.Random | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.discovery = discovery
-        self.rpc = Rpc(TcpTransport(identity))
+        self.chance = chance or random.Random()
+        self.rpc = Rpc(transport, clock)
         self.sessions = Sessions(self.rpc)
-        self.bearings = Bearings()
+        self.bearings = Bearings(self.chance)
         self.rpc.timed = self.bearings.timed
 
     @classmethod
     async def start(cls, initial_peers: Sequence[str], identity: Identity | None = None) -> Network:
         """Join the swarm as a client. Raises `CannotJoin` or `UsageError`."""
         identity = identity or Identity.generate()
-        return cls(identity, await Discovery.start(identity, initial_peers, client_mode=True))
+        return cls(TcpTransport(identity), await Discovery.start(identity, initial_peers, client_mode=True))
 
     async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
         """What peers offer for any block of the model now. Raises `DeadlineExceeded`."""
@@ -105,7 +133,7 @@ class _Finder:
         self._num_blocks = num_blocks
         self._tokens = tokens  # of cache, that the session needs at every hop
         self._waiting = waiting
-        self._chance = random.Random()
+        self._chance = network.chance
         self._told: tuple[Span, ...] = ()
 
     async def __call__(
@@ -119,17 +147,21 @@ class _Finder:
         loop = asyncio.get_running_loop()
         wait = self._waiting.first
         deadline = loop.time() + wait if since is None else since + max(wait, self._waiting.failover)
+        waits = since is not None and since > -math.inf
         while True:
             offers = await self._network.offers(self._model, self._num_blocks)
-            await self._network.take_bearings(offers, self._num_blocks)
-            view = self._view(offers, neighbours)
-            rather, ever = shunned()
-            for avoid in (rather, ever):
+            if since is None:
+                await self._network.take_bearings(offers, self._num_blocks)
+            view, late = self._view(offers, neighbours), loop.time() - deadline
+            rather, now, ever = shunned()
+            if waits and late > GRACE_SECONDS:
+                return self._route(offers, span, rather, view)  # or it raises, and says which blocks
+            for avoid in (rather, _dispensable(offers, span, rather, now), now):
                 with contextlib.suppress(NoRoute):
                     return self._route(offers, span, avoid, view)
-            if loop.time() >= deadline:
-                return self._route(offers, span, ever, view)  # raises, and says which blocks
-            self._tell(uncovered([offer for offer in offers if offer.peer not in ever], self._num_blocks))
+            if late >= 0:  # raises unless those who only rest could help
+                self._route(offers, span, ever if waits else now, view)
+            self._tell(uncovered([offer for offer in offers if offer.peer not in now], self._num_blocks))
             await asyncio.sleep(POLL_SECONDS)
 
     def _route(self, offers: Sequence[Offer], span: Span, avoid: set[PeerId], view: View) -> Route:
@@ -144,3 +176,10 @@ class _Finder:
         if missing != self._told and missing and self._waiting.on_missing is not None:
             self._waiting.on_missing(missing)
         self._told = missing
+
+
+def _dispensable(offers: Sequence[Offer], span: Span, rather: set[PeerId], now: set[PeerId]) -> set[PeerId]:
+    """Whom of `rather` the span can do without, and all of `now`: nobody is trusted again for another's sake."""
+    missing = uncovered([offer for offer in offers if offer.peer not in rather], span)
+    needed = {o.peer for o in offers if any(o.span.start < gap.end and gap.start < o.span.end for gap in missing)}
+    return now | (rather - needed)

@@ -7,10 +7,11 @@ from collections import deque
 
 FLOOR = 0.5  # seconds of patience, at least
 CEILING = 30.0  # and at most, for one token
-FIRST = 30.0  # before anything was measured
+FIRST = 2.0  # before anything was measured
 _MULTIPLE = 8.0  # of the recent time of a step
 _RECENT = 16  # steps
-_FIRST_PER_TOKEN = 0.5  # seconds, before anything was measured
+_FIRST_PER_TOKEN = 0.02  # seconds, before anything was measured
+_LIMIT = 60.0  # seconds that hops may work on a step, beyond ten times the patience with it
 
 
 class Pace:
@@ -22,7 +23,7 @@ class Pace:
 
     def took(self, seconds: float, tokens: int) -> None:
         """A step of so many tokens (rows x positions) was answered."""
-        self._single.append(seconds if tokens <= 16 else min(seconds, FIRST))
+        self._single.append(seconds if tokens <= 16 else min(seconds, CEILING))
         if tokens > 1:
             self._per_token = seconds / tokens
 
@@ -32,6 +33,10 @@ class Pace:
             return FIRST + self._per_token * tokens
         usual = min(max(FLOOR, _MULTIPLE * statistics.median(self._single)), CEILING)
         return usual + 2.0 * self._per_token * (tokens - 1)
+
+    def limit(self, tokens: int) -> float:
+        """Seconds after which even a hop that says that it works on the step has failed."""
+        return _LIMIT + 10.0 * self.patience(tokens)
 
     def longer(self, patience: float) -> float:
         """How long to wait once more where the hops say that they work on it."""

@@ -69,7 +69,7 @@ class Link:
         self._held = 0  # bytes of the bodies of those
         self._untold = 0
         self.error: RemoteError | None = None  # why the link is gone, None while it lives
-        self.on_lost: set[Callable[[Link], None]] = set()
+        self._watchers: list[Callable[[Link], None]] = []
 
     @property
     def peer(self) -> PeerId:
@@ -234,8 +234,18 @@ class Link:
         for task in self._running.values():
             task.cancel()
         self._rpc.forget(self)
-        for callback in list(self.on_lost):
-            callback(self)
+        for lost in list(self._watchers):
+            lost(self)
+
+    def watch(self, lost: Callable[[Link], None]) -> None:
+        """Have `lost` told when the link is gone; once, however often this is asked."""
+        if lost not in self._watchers:
+            self._watchers.append(lost)
+
+    def unwatch(self, lost: Callable[[Link], None]) -> None:
+        """Have it told no more."""
+        if lost in self._watchers:
+            self._watchers.remove(lost)
 
     def close(self, error: RemoteError | None = None) -> None:
         """End the link, telling the other side why."""

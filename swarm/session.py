@@ -16,9 +16,13 @@ import torch
 
 from swarm import tensors, wire
 from swarm.avoidance import Avoidance
+from swarm.blame import Blame
 from swarm.errors import (
     BadTensor,
+    BeyondCache,
+    Busy,
     Closed,
+    DeadlineExceeded,
     Malformed,
     NoRoom,
     NoRoute,
@@ -26,6 +30,7 @@ from swarm.errors import (
     RemoteError,
     SessionLost,
     Unreachable,
+    UsageError,
     from_wire,
 )
 from swarm.history import History, Piece
@@ -83,7 +88,7 @@ class Sessions:
 
     def _failed(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) is not None:
-            session.told(message)
+            session.told(link, message)
 
     def _leaving(self, link: Link, message: wire.Leaving, body: memoryview) -> None:
         if (session := self._sessions.get(SessionId(message.session))) is not None:
@@ -116,11 +121,11 @@ class Session:
         self.length = 0
         self._owner = owner
         blocks = Span(0, num_blocks)
-        self._live = LiveRoute(owner.rpc, owner.avoidance, self.key, model, blocks, find, batch, max_length, self._lost)
+        self._blame = Blame(owner.avoidance)
+        self._live = LiveRoute(owner.rpc, self._blame, self.key, model, blocks, find, batch, max_length, self._lost)
         self._history = History()
         self._standby = Standby(self._live, self._history, standby)
         self._waiting: _Waiting | None = None
-        self._needed = 0  # positions, for the step under way
         self._closed = False
         self._stepping = asyncio.Lock()  # a hop is exchanged between two steps
 
@@ -148,10 +153,11 @@ class Session:
             NoRoute: some block has no host, and none came in time.
             NoRoom: nobody has room for the session.
             SessionLost: it failed again and again.
-            RemoteError: what we sent was refused by the first hop.
+            UsageError: what is to be sent are no hidden states.
         """
         if self._closed:
             raise Closed("the session was closed")
+        _check(hidden)
         async with self._stepping:
             output = await self._step(hidden, meta)
         self._standby.step_ended()
@@ -159,85 +165,85 @@ class Session:
 
     async def _step(self, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         number = self._history.number + 1
-        self._history.record(number, meta.position, hidden, meta.rows, meta.position_ids, meta.mask)
-        self._needed = meta.position + hidden.shape[1]
-        if self._needed > self._live.max_length:
-            self._live.lease_for(max(self._needed, 2 * self._live.max_length))
+        piece = Piece(meta.position, hidden, meta.position_ids, meta.mask, meta.rows)
+        self._history.record(number, piece)
+        if piece.end > self._live.max_length:
+            self._live.lease_for(max(piece.end, 2 * self._live.max_length))
         self._owner.add(self)
-        self._live.begin()
+        self._blame.begin(begun=self.length > 0)
         try:
-            output = await self._run(number, hidden, meta)
+            output = await self._run(number, piece, meta.keep)
         except BaseException:
             self._live.lose_track()
             raise
-        self.length = self._needed
+        self.length = piece.end
         return output
 
-    async def _run(self, number: int, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
+    async def _run(self, number: int, piece: Piece, keep: int) -> torch.Tensor:
         """The one retry loop: attempt, see who is at fault, repair, and attempt again."""
         last: RemoteError | None = None
         for _ in range(MAX_ATTEMPTS):
             self._live.epoch += 1
             try:
-                await self._live.repair(number, meta.position, self._history)
-                return await self._attempt(number, hidden, meta)
+                return await self._attempt(number, piece, keep)
             except NoRoute:
-                if isinstance(last, Refused):
+                full = Refused if self.length == 0 else NoRoom | Busy
+                if isinstance(last, full):
                     raise last from None  # why the last one said no tells more than that nobody else is left
                 raise
             except RemoteError as error:
                 log.info("step failed session=%s error=%r peer=%s", self.key.hex()[:8], str(error), error.peer[-6:])
-                self._blame(error)
+                if isinstance(error, NoRoom) and self._live.max_length > piece.end:
+                    self._live.lease_for(piece.end)  # no more than this step needs
+                else:
+                    self._live.fault(error)
                 last = error
         raise SessionLost(f"step {number} failed {MAX_ATTEMPTS} times, last with: {last}")
 
-    def _blame(self, error: RemoteError) -> None:
-        """Let the route be repaired; raise where nobody else could do better."""
-        first = self._live.places[0].hop.peer if self._live.places else ""
-        if isinstance(error, BadTensor) and error.peer == first:
-            raise error  # the first hop refuses what we sent; so would any other
-        if isinstance(error, NoRoom) and self._live.max_length > self._needed:
-            self._live.lease_for(self._needed)  # no more than this step needs
-        else:
-            self._live.blame(error, begun=self.length > 0)
-
-    async def _attempt(self, number: int, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
-        rows, count, _ = hidden.shape
-        kept = min(meta.keep, count) if meta.keep else count
+    async def _attempt(self, number: int, piece: Piece, keep: int) -> torch.Tensor:
+        """Repair the route where it needs that, send the step, and wait for its answer."""
+        rows, count, _ = piece.hidden.shape
         loop = asyncio.get_running_loop()
-        waiting = self._waiting = _Waiting(self._live.epoch, number, (rows, kept), loop.create_future())
-        started = loop.time()
+        shape = (rows, min(keep, count) if keep else count)
+        waiting = self._waiting = _Waiting(self._live.epoch, number, shape, loop.create_future())
+        waiting.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # perhaps not awaited
         try:
-            piece = Piece(meta.position, hidden, meta.position_ids, meta.mask)
-            await self._live.send(self._live.places[0], number, piece, meta.rows, meta.keep)
-            output = await self._answer(waiting, rows * count)
+            await self._live.repair(number, piece.position, self._history)
+            started = loop.time()
+            await self._live.send(self._live.places[0], number, piece, keep)
+            output = await self._answer(waiting, rows * count, rows * self._live.replayed)
         finally:
             self._waiting = None
+            waiting.future.cancel()
         self._live.pace.took(loop.time() - started, rows * count)
         return output
 
-    async def _answer(self, waiting: _Waiting, tokens: int) -> torch.Tensor:
+    async def _answer(self, waiting: _Waiting, tokens: int, replayed: int) -> torch.Tensor:
         """Wait for the answer; at the deadline, ask the hops who still works on it."""
-        patience = self._live.pace.patience(tokens)
+        loop, pace = asyncio.get_running_loop(), self._live.pace
+        patience, last = pace.patience(tokens), loop.time() + pace.limit(tokens + replayed)
         while True:
             try:
                 async with asyncio.timeout(patience):
                     return await asyncio.shield(waiting.future)
             except TimeoutError:
-                await self._live.probe(lambda: not waiting.future.done())
-            patience = self._live.pace.longer(patience)
+                at_it = await self._live.probe(lambda: not waiting.future.done())
+            if at_it and loop.time() > last:
+                raise DeadlineExceeded(f"{at_it[-6:]} has worked on a step for too long", at_it)
+            patience = pace.longer(patience)
 
     # --- what comes in ---------------------------------------------------------------------------------------------
 
     def _lost(self, link: Link) -> None:
-        self._fail(Unreachable(f"the connection to {link.peer} was lost: {link.error}"))
+        if not self._standby.lost(link.peer):
+            self._fail(Unreachable(f"the connection to {link.peer} was lost: {link.error}"))
 
     def heard(self, link: Link, message: wire.Output, body: memoryview) -> None:
         """An answer came: check it, and hand it to the step that waits for it."""
         waiting = self._waiting
         if waiting is None or (message.epoch, message.number) != (waiting.epoch, waiting.number):
             return  # an answer to an attempt that was given up
-        if link.peer != self._live.places[-1].hop.peer:
+        if link.peer != self._live.places[-1].peer:
             return
         try:
             output = _checked(tensors.decode(body, [message.hidden])[0], waiting.shape)
@@ -247,11 +253,16 @@ class Session:
         if not waiting.future.done():
             waiting.future.set_result(output)
 
-    def told(self, message: wire.StepFailed) -> None:
-        """A hop told us that it, or the one after it, could not do its part."""
-        on_route = any(place.hop.peer == message.peer for place in self._live.places)
-        if self._waiting is not None and message.epoch == self._waiting.epoch and on_route:
-            self._fail(from_wire(message.code, message.message, message.peer))
+    def told(self, link: Link, message: wire.StepFailed) -> None:
+        """A hop told us that it, or another, could not do its part."""
+        if self._standby.lost(message.peer):
+            return
+        if self._waiting is not None and message.epoch == self._waiting.epoch and self._live.place_of(link.peer):
+            error = from_wire(message.code, message.message, message.peer)
+            error.teller = link.peer
+            if self._live.place_of(message.peer) is None:  # it went to somebody who has no place any more
+                error = BeyondCache(f"the step was sent astray: {error}", link.peer)
+            self._fail(error)
 
     def _fail(self, error: RemoteError) -> None:
         if self._waiting is not None and not self._waiting.future.done():
@@ -266,7 +277,7 @@ class Session:
                 try:
                     await self._live.repair(self._history.number + 1, self._history.length, self._history)
                 except RemoteError as error:
-                    self._live.blame(error, begun=True)  # the next step sees to it
+                    self._live.fault(error)  # the next step sees to it
                 except NoRoute as error:
                     log.info("not exchanged peer=%s error=%r", peer[-6:], str(error))  # nor can the next step be yet
 
@@ -284,6 +295,14 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.key.hex()[:8]} at {self.length}/{self._live.max_length} route={self._live}>"
+
+
+def _check(hidden: torch.Tensor) -> None:
+    """Raise `UsageError` where every hop would refuse it: none of them is to be blamed for that."""
+    if hidden.ndim != 3 or 0 in hidden.shape or not hidden.is_floating_point():
+        raise UsageError(f"{hidden.dtype} of shape {list(hidden.shape)} are no hidden states [B, N, H]")
+    if not torch.isfinite(hidden).all():
+        raise UsageError("hidden states that are not finite numbers")
 
 
 def _checked(output: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Replicas that follow a session in the background, so that the death of a hop costs a few positions and no prefill.
+"""Spares that follow a session in the background, so that the death of a hop costs a few positions and no prefill.
 
 The hop before (or the client, before the first) tells a spare late and in bulk what it passed on. It takes the place
 when the hop fails, or when its peer is about to leave.
@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable
 
 from swarm import wire
 from swarm.errors import NoRoute, RemoteError
-from swarm.history import History
-from swarm.liveroute import REPLAY_POSITIONS, LiveRoute, Place, Shunned
-from swarm.types import PeerId, Route
+from swarm.history import History, Mark
+from swarm.liveroute import PROBE_SECONDS, REPLAY_POSITIONS, LiveRoute
+from swarm.place import Place
+from swarm.types import Hop, PeerId
 
 log = logging.getLogger(__name__)
 
 FEED_SECONDS = 0.2  # between two times that a spare of the first hop is told what is new
+FEED_TIMEOUT = 4.0  # for a hop to reach a spare
 RETRY_SECONDS = 5.0  # before a place without a spare gets another try
 CATCH_UP_SECONDS = 30.0  # for a spare to run what it was told, before it takes a leaving peer's place
 
@@ -50,69 +51,90 @@ class Standby:
         for place in list(self._live.places):
             while len(place.spares) < self._count:
                 try:
-                    await self.prepare(place)
+                    await self._prepare(place)
                 except (NoRoute, RemoteError) as error:
                     log.info("no spare for=%s error=%r", place.hop, str(error))
                     break
 
-    async def prepare(self, place: Place) -> None:
+    async def _prepare(self, place: Place) -> None:
         """Let other peers follow what `place` is told. Raises `NoRoute`, or what they say."""
         live = self._live
-        spare = [Place(hop) for hop in await self._find(place)]
-        if place not in live.places:
-            return
+        before, after = self._around(place)
+        taken = {each.peer for one in live.places for each in (one, *one.followers())}
         index = live.places.index(place)
-        after = live.places[index + 1].hop if index + 1 < len(live.places) else None
-        following = [*(each.hop for each in spare[1:]), after]
-        for each, hop in zip(spare, following, strict=True):
-            await live.open(each, hop)
-        first = spare[0].hop
-        if index == 0:
-            self._history.follow(first.peer)
-        else:
-            endpoint = wire.Endpoint(first.peer, [(a.host, a.port) for a in first.addresses])
-            await live.call(live.places[index - 1], wire.Feed(live.key, endpoint, len(spare)))
+        route = await live.find_others(place.hop.span, taken, live.neighbours(index, index + 1))
+        spare = [Place(hop) for hop in route]
+        try:
+            following = [*(each.hop for each in spare[1:]), after]
+            for each, hop in zip(spare, following, strict=True):
+                await live.open(each, hop)
+            if before is not None:
+                first = spare[0].hop
+                endpoint = wire.Endpoint(first.peer, [(a.host, a.port) for a in first.addresses])
+                await before.call(wire.Feed(live.key, endpoint, len(spare)), FEED_TIMEOUT)
+            if self._around(place) != (before, after):  # while we were at it
+                raise NoRoute("the route has changed")
+        except BaseException:
+            for each in spare:
+                live.dismiss(each)
+            raise
         place.spares.append(spare)
-        if index == 0:
+        if before is None:
             await self._feed()
 
-    async def _find(self, place: Place) -> Route:
-        taken = {peer for each in self._live.places for peer in _peers(each)}
-
-        def shunned() -> Shunned:
-            rather, ever = self._live.shunned()
-            return Shunned(rather | taken, ever | taken)
-
-        index = self._live.places.index(place)
-        return await self._live.find(place.hop.span, shunned, -math.inf, self._live.neighbours(index, index + 1))
+    def _around(self, place: Place) -> tuple[Place | None, Hop | None]:
+        """Who feeds the place, None where that is ourselves, and whom it feeds. Raises `NoRoute` if it has gone."""
+        places = self._live.places
+        if place not in places or place.failed:
+            raise NoRoute("the place was given to another")
+        index = places.index(place)
+        after = places[index + 1].hop if index + 1 < len(places) else None
+        return (places[index - 1] if index else None), after
 
     async def _feed(self) -> None:
         """Tell the spares of the first hop what is new; those of the others are told by the hop before."""
         self._feeding = None
-        for spare in self._live.places[0].spares if self._live.places else ():
-            name = spare[0].hop.peer
-            for piece in list(self._history.news(name, REPLAY_POSITIONS)):
-                await self._live.send(spare[0], self._history.number, piece, None, 0, len(spare))
+        for spare in list(self._live.places[0].spares) if self._live.places else []:
+            first, history = spare[0], self._history
+            number, since = history.number, first.told.number
+            pieces = list(history.update(first.told, history.length, REPLAY_POSITIONS))
+            first.told = history.mark
+            try:
+                for piece in pieces:
+                    await self._live.send(first, number, piece, replay=len(spare), since=since)
+            except RemoteError:
+                self.lost(first.peer)
+
+    def lost(self, peer: str) -> bool:
+        """If `peer` is a spare: it has gone, or missed something and can follow no more."""
+        for place in self._live.places:
+            for spare in place.spares:
+                if any(each.peer == peer for each in spare):
+                    place.spares.remove(spare)
+                    for each in spare:
+                        self._live.dismiss(each)
+                    return True
+        return False
 
     async def replace(self, peer: PeerId) -> None:
         """Have a spare at the place of `peer` that has caught up, as far as one can be had."""
-        place = next((place for place in self._live.places if place.hop.peer == peer), None)
-        if place is None:
+        if (place := self._live.place_of(peer)) is None:
             return
         try:
             if not place.spares:
-                await self.prepare(place)
+                await self._prepare(place)
             async with asyncio.timeout(CATCH_UP_SECONDS):
-                await self._caught_up(place.spares[0])
+                await self._caught_up(place, self._history.mark)
         except (NoRoute, RemoteError, TimeoutError) as error:
             log.info("no spare for the leaving peer=%s error=%r", peer[-6:], str(error))
 
-    async def _caught_up(self, spare: list[Place]) -> None:
-        while True:
-            answers = [await self._live.ask(each) for each in spare]
-            if not any(answer.waiting for answer in answers):
+    async def _caught_up(self, place: Place, mark: Mark) -> None:
+        """Wait until the first spare has run all that there was at `mark`; nobody tells us when."""
+        while place.spares:
+            answers = [await each.ask(self._live.key, PROBE_SECONDS) for each in place.spares[0]]
+            if all(answer.number >= mark.number and not answer.waiting for answer in answers):
                 return
-            await asyncio.sleep(0.02)  # nobody tells us when a spare is done
+            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         """Stop looking after spares; the places' own end gives them back."""
@@ -120,7 +142,3 @@ class Standby:
             self._feeding.cancel()
         if self._preparing is not None:
             self._preparing.cancel()
-
-
-def _peers(place: Place) -> Iterable[PeerId]:
-    return [place.hop.peer, *(each.hop.peer for spare in place.spares for each in spare)]

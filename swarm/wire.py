@@ -104,7 +104,8 @@ class OpenSession(Message, tag="open"):
     """Lease a KV cache of `batch * max_length` tokens for these blocks, or change an open session's terms.
 
     Sent by the client to every hop of its route. Asked again with the same `session`, it may grow `max_length` or
-    name another `next`; what the session holds stays.
+    name another `next`; what the session holds stays, unless it is for other blocks. What is left over from an
+    earlier `epoch` is refused.
     """
 
     session: Key
@@ -114,6 +115,7 @@ class OpenSession(Message, tag="open"):
     batch: Batch
     max_length: Position
     next: Endpoint | None  # who runs the following blocks; None for the last hop, which answers the client
+    epoch: Count = 0
 
 
 class SessionOpened(Message, tag="opened"):
@@ -134,7 +136,7 @@ class Alive(Message, tag="progress"):
     """How far the peer is in the session."""
 
     number: Count  # of the last step that it has run
-    epoch: Count  # of the last step that came
+    epoch: Count  # of the last step that came, replayed ones not counted
     waiting: Count  # steps that came and are not yet run
 
 
@@ -151,7 +153,8 @@ class Step(Message, tag="step"):
     earlier rows the present ones continue, for beams) is applied once. `epoch` grows with every retry: what is left
     over from an earlier one is dropped. `keep` is how many trailing positions the client wants answered, 0 for all.
 
-    A replayed step brings a hop to where the others are: it goes through `replay` hops and is not answered.
+    A replayed step brings a hop to where the others are: it goes through `replay` hops and is not answered. It stands
+    for all steps after `since`, and is refused by whoever was not brought just there.
 
     A long step may be passed on in pieces, so that the hops work at the same time: they have its number, follow one
     another in position, and only the last of them does not say that there is `more`.
@@ -168,6 +171,7 @@ class Step(Message, tag="step"):
     mask: TensorSpec | None  # [batch, positions], 1 for a token and 0 for padding; None for no padding
     replay: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     more: bool = False
+    since: Count = 0  # where it is replayed
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of the body, in their order."""
@@ -182,7 +186,8 @@ class Replay(Message, tag="replay"):
 
     session: Key
     epoch: Count
-    start: Position  # what the next hop holds already
+    number: Count  # of the last step that the next hop has run
+    length: Position  # positions that it holds, as of then
     end: Position
     hops: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # how many hops it is for; the last of them passes nothing on
 

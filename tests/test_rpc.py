@@ -376,7 +376,7 @@ async def test_a_lost_link_fails_what_waits_and_cancels_what_runs() -> None:
     async with linked() as (near, far, link):
         handler = Handler(far)
         lost: list[Link] = []
-        link.on_lost.add(lost.append)
+        link.watch(lost.append)
         call = asyncio.create_task(link.call(wire.KeepAlive(KEY), timeout=WAIT))
         await soon(handler.started.acquire())
         far._links[near.peer].close(NoRoom("go away"))

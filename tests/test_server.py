@@ -356,12 +356,20 @@ async def test_a_client_that_comes_back_on_another_connection_has_its_session(sw
 
 
 @pytest.mark.parametrize("changes", [{"batch": 2, "max_length": 8}, {"end": 2}, {"start": 1}])
-async def test_an_open_session_keeps_its_rows_and_blocks(swarm: Swarm, changes: dict[str, Any]) -> None:
+async def test_a_session_for_other_rows_or_blocks_begins_anew(swarm: Swarm, changes: dict[str, Any]) -> None:
     peer, client, session = await swarm.peer(), swarm.client(), key()
     await client.open(peer, session)
-    with pytest.raises(WrongModel, match="neither can change"):
-        await client.open(peer, session, **changes)
-    assert peer.leases.used == 16
+    await client.step(peer, session, states(4), 1, 0)
+    assert (await client.open(peer, session, **changes)).length == 0
+    assert (peer.server.sessions, peer.leases.used) == (1, 16)
+
+
+async def test_terms_from_before_are_refused(swarm: Swarm) -> None:
+    peer, client, session = await swarm.peer(), swarm.client(), key()
+    await client.open(peer, session, epoch=3)
+    with pytest.raises(UnknownSession, match="since"):
+        await client.open(peer, session, epoch=2, end=2)
+    assert (await client.open(peer, session, epoch=3)).length == 0
 
 
 async def test_what_a_session_holds_stays_leased(swarm: Swarm) -> None:
