@@ -11,6 +11,7 @@ from swarm.errors import NoRoute
 from swarm.explanation import Explanation, explain
 from swarm.identity import Identity
 from swarm.routing import find_route
+from swarm.transport import TcpTransport
 from swarm.types import ModelId, Offer
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ class Outlook:
     @classmethod
     async def start(cls, initial_peers: Sequence[str], routes: bool) -> Outlook:
         """Join as a client; one that can call peers, if `routes` are to be explained. Raises as `Discovery.start`."""
+        identity = Identity.generate()
+        discovery = await Discovery.start(identity, initial_peers, client_mode=True)
         if not routes:
-            return cls(await Discovery.start(Identity.generate(), initial_peers, client_mode=True), None)
+            return cls(discovery, None)
         from swarm.network import Network  # which needs torch
 
-        network = await Network.start(initial_peers)
-        return cls(network.discovery, network)
+        return cls(discovery, Network(TcpTransport(identity), discovery))
 
     async def look(self, model_name: str | None = None) -> list[Sight]:
         """All models, or those that are called `model_name`. Raises `DeadlineExceeded`."""
