@@ -220,11 +220,29 @@ async def _serve(settings: ServeSettings, stop: asyncio.Event) -> None:
         _print_invitation(node.discovery.addresses, _command_of(settings.model), bool(settings.initial_peers))
         await unless_stopped(_until_broken(node), stop)
         if node.leases.used:
-            console.print("leaving: others take over the sessions; Ctrl-C once more to go at once")
-            await node.drain(settings.drain_timeout)
+            await _leave(node, settings.drain_timeout)
     finally:
         bars.stop()
         await node.close()
+
+
+async def _leave(node: Node, timeout: float) -> None:
+    """Have others take over the live sessions, and say what is going on meanwhile and what came of it."""
+    span = node.status().span
+    console.print(
+        f"leaving: {_sessions(node)} to hand over to other hosts of blocks {span}, for up to {timeout:g} s; "
+        "Ctrl-C once more to go at once",
+        soft_wrap=True,
+    )
+    if await node.drain(timeout):
+        console.print("every session was handed over or had ended")
+    else:
+        console.print(f"{_sessions(node)} left behind: nobody took over within {timeout:g} s")
+
+
+def _sessions(node: Node) -> str:
+    count = node.status().sessions
+    return f"{count} session{'' if count == 1 else 's'}"
 
 
 def _check_device(name: str) -> None:
@@ -295,6 +313,8 @@ def _print_invitation(addresses: list[str], command: str, joined: bool) -> None:
     console.print("Joined the swarm." if joined else "A new swarm begins.", "Others join with:")
     for address in addresses[:1]:
         typer.echo(f"  {command} --initial-peers {address}")
+        if address.startswith(("/ip4/127.", "/ip6/::1/")):
+            console.print("on this machine; for others to reach it, start it with --listen 0.0.0.0:31330, say")
 
 
 def main() -> NoReturn:

@@ -293,7 +293,6 @@ class Server:
             async with asyncio.timeout(timeout):
                 await self._empty.wait()
         except TimeoutError:
-            log.warning("sessions were left behind number=%d", len(self._sessions))
             return False
         return True
 

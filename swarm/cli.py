@@ -134,8 +134,8 @@ def generate(
             raise UsageError("the prompt is empty")
         with _talking_to(model_name, initial_peers, wait, standby, speculate) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
-            answer = conversation.answer(conversation.encode(text, raw), _write, **options)
-            _write("\n")
+            answer = conversation.answer(conversation.encode(text, raw), _page.write, **options)
+            _page.write("\n")
             _print_summary(answer)
 
 
@@ -225,11 +225,13 @@ def _talking_to(
     try:
         yield conversation
     finally:
+        _page.end_line()  # for an error, or the shell's prompt after Ctrl-C
         conversation.forget()
         model.close()
 
 
 def _tell_missing(missing: tuple[Span, ...]) -> None:
+    _page.end_line()
     console.print(f"waiting for a peer that hosts blocks {', '.join(map(str, missing))}")
 
 
@@ -250,18 +252,20 @@ def _turn(conversation: Conversation, messages: list[dict[str, str]], said: str,
 
     def told(text: str) -> None:
         pieces.append(text)
-        _write(text)
+        _page.write(text)
 
     try:
         answer = conversation.answer(conversation.encode(messages), told, **options)
-        _write("\n")
+        _page.write("\n")
         _print_summary(answer)
     except ShoalError as error:  # the next question may well be answered
         messages.pop()
+        _page.end_line()
         console.print(error_line(str(error)), soft_wrap=True)
         return
     except KeyboardInterrupt:
-        console.print("\n(stopped)", style="dim")
+        _page.write("\n")
+        console.print("(stopped)", style="dim")
     messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
@@ -271,17 +275,32 @@ def _read_line() -> str | None:
         try:
             line = input("> ").strip()
         except EOFError:
-            _write("\n")
+            _page.write("\n")
             return None
         except KeyboardInterrupt:
-            _write("\n")
+            _page.write("\n")
             continue
         return None if line in ("/quit", "/exit") else line
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+class _Page:
+    """What is streamed to stdout."""
+
+    _open = False  # whether its last line has begun and not ended
+
+    def write(self, text: str) -> None:
+        """At once, whatever comes after it."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._open = not text.endswith("\n") if text else self._open
+
+    def end_line(self) -> None:
+        """Before something else is shown: on a terminal it would stand in the middle of an answer's line."""
+        if self._open and sys.stdout.isatty():
+            self.write("\n")
+
+
+_page = _Page()
 
 
 def _print_summary(answer: Answer) -> None:

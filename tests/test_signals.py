@@ -174,7 +174,9 @@ def test_peers_that_are_asked_to_leave_hand_their_sessions_over(swarm: LocalSwar
         blamed = client.network.sessions.avoidance.avoided(0.0)
     assert not {peer.peer for peer in leaving} & (blamed | on_route(session))
     for peer in leaving:
-        assert peer.output().splitlines()[-1].startswith("leaving: "), peer.output()
+        said = peer.output().splitlines()[-2:]
+        assert said[0].startswith("leaving: 1 session to hand over to other hosts of blocks "), said
+        assert said[1] == "every session was handed over or had ended"
 
 
 def test_leaving_ends_at_once_where_it_must(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -191,7 +193,7 @@ def test_leaving_ends_at_once_where_it_must(swarm: LocalSwarm, tmp_path_factory:
             if twice:
                 peer.process.send_signal(signal.SIGINT)
             assert peer.process.wait(WAIT) == (130 if twice else 0)
-            assert ("sessions were left behind" in peer.output()) is not twice
+            assert ("1 session left behind" in peer.output()) is not twice
             assert "Traceback" not in peer.output()
             cache.close()
 
