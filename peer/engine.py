@@ -96,21 +96,21 @@ class Engine:
                 lambda result, error: self._ran(pieces, result, error),
             )
 
-    def _run(self, works: list[tuple[SessionState, StepInput]]) -> tuple[list[Outcome], float]:
-        """Run, in the compute thread."""
-        started = self._clock()
-        return self._stage.run_all(works), self._clock() - started
+    def _run(self, works: list[tuple[SessionState, StepInput]]) -> tuple[list[Outcome], int, float]:
+        """Run, in the compute thread; also says how many tokens went through the blocks, in how many seconds."""
+        started, before = self._clock(), self._stage.ran
+        return self._stage.run_all(works), self._stage.ran - before, self._clock() - started
 
     def _ran(
         self,
         pieces: list[tuple[Slice, StepInput]],
-        result: tuple[list[Outcome], float] | None,
+        result: tuple[list[Outcome], int, float] | None,
         error: BaseException | None,
     ) -> None:
         """Deliver."""
         self._running = False
         failed = error if isinstance(error, Exception) else Internal("the compute thread gave up")
-        outcomes, seconds = result or ([failed] * len(pieces), 0.0)
+        outcomes, tokens, seconds = result or ([failed] * len(pieces), 0, 0.0)
         ran = [(piece, step, outcome) for (piece, step), outcome in zip(pieces, outcomes, strict=True)]
         ended = [piece.work for piece, _, _ in ran if piece.is_last]
         for piece, step, outcome in ran:
@@ -121,7 +121,6 @@ class Engine:
         for piece, step, outcome in ran:
             piece.work.what.receiver.keep(piece, step, outcome)
         self._done(work.session for work in ended)
-        tokens = sum(piece.tokens for piece, _ in pieces)
         self._budget.took(tokens, seconds)
         self.turns += 1
         self.tokens += tokens

@@ -134,9 +134,9 @@ class Tables:
             self._pages.give(page)
 
     def adopt(self, pages: Iterable[int]) -> None:
-        """An empty row begins with these, which others hold too."""
+        """The only row, which is at the end of a page, goes on with these, which others hold too."""
         assert len(self._tables) == 1
-        assert not self._tables[0]
+        assert self.length == len(self._tables[0]) * self._pages.size
         for page in pages:
             self._pages.share(page)
             self._tables[0].append(page)
@@ -157,9 +157,9 @@ class Tables:
         self.length = end
         return copies
 
-    def page(self, row: int, index: int) -> int:
-        """The number of a row's page."""
-        return self._tables[row][index]
+    def pages(self, row: int) -> list[int]:
+        """The numbers of a row's pages."""
+        return self._tables[row]
 
     def runs(self, row: int, length: int) -> list[Run]:
         """The slots of the first `length` positions of a row, in order."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHORT = 16  # positions of a step that counts as a decode: one token, or a few to be verified
-PIECE = 16  # positions of a piece of a long step, at least
+PIECE = 16  # positions: a piece of a long step has some multiple of it, but for the last
 PATIENCE = 0.5  # seconds that work may wait before it goes first
 TURN_SECONDS = 0.1  # that a turn is to take at most
 FIRST_BUDGET = 64  # tokens, before anything was measured
@@ -173,6 +173,8 @@ def _fitting(work: Work, left: int, alone: bool) -> int:
     """How many positions of it fit into `left` tokens; some in any case where it would be `alone`."""
     wanted = work.count - work.done
     fitting = min(wanted, left // work.rows)
+    if fitting < wanted:
+        fitting -= fitting % PIECE
     least = wanted if work.is_short else min(wanted, PIECE)
     if fitting >= least:
         return fitting

@@ -147,7 +147,9 @@ class Server:
         self._leases.grant(key, self._leases.room(message.batch, message.max_length), self._clock())
         span = Span(message.start, message.end)
         try:
-            state = await self._executor.run(lambda: self._stage.open(span, message.batch, message.max_length))
+            state = await self._executor.run(
+                lambda: self._stage.open(span, message.batch, message.max_length, link.peer)
+            )
         except BaseException:
             self._leases.release(key)
             raise

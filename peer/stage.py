@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from peer.pages import Pages, Tables
+from peer.prefixes import Prefixes, Trail
 from swarm.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, reorder, rollback
@@ -76,6 +77,8 @@ class SessionState:
     length: int = 0  # positions that it holds now
     rows: int = 0  # of the batch that it holds now
     mask: torch.Tensor | None = None  # [rows, length], None while there is no padding
+    owner: str = ""  # whose pages it may use again, and who may use its
+    trail: Trail | None = None  # what came in, as long as its pages can be used again
 
     def forget(self) -> None:
         """Nothing was ever run in it."""
@@ -83,7 +86,7 @@ class SessionState:
             self.tables.truncate(0)
         else:
             self.cache = self.model.new_cache()
-        self.mask, self.length, self.number = None, 0, 0
+        self.mask, self.length, self.number, self.trail = None, 0, 0, None
 
 
 Work = tuple[SessionState, StepInput]
@@ -101,6 +104,8 @@ class Stage:
     def __init__(self, model: StageModel, tokens: int = DEFAULT_TOKENS, dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.span = model.span
+        self.ran = 0  # tokens that went through the blocks
+        self.reused = 0  # tokens that did not have to
         self._dtype = dtype
         self.reserve(tokens)
 
@@ -114,11 +119,15 @@ class Stage:
         count = -(-tokens // PAGE)
         self.pages = Pages(count, PAGE)
         self.pool = Pool(count * PAGE, self.model.device, self._dtype)
+        self._prefixes = Prefixes(self.pages)
 
-    def open(self, span: Span, batch: int, max_length: int) -> SessionState:
-        """An empty session over `span`, which may be a part of this stage's."""
+    def open(self, span: Span, batch: int, max_length: int, owner: str = "") -> SessionState:
+        """An empty session over `span`, which may be a part of this stage's.
+
+        Sessions of the same `owner` that begin alike share what they have in common; without one it shares nothing.
+        """
         model = self.model.part(span)
-        state = SessionState(model, batch, max_length)
+        state = SessionState(model, batch, max_length, owner=owner)
         if self.batches:
             state.tables = Tables(self.pages, id(state), batch, max_length)
         else:
@@ -193,16 +202,43 @@ class Stage:
         """One ragged forward: the rows of all steps one after another."""
         model, device = works[0][0].model, self.model.device
         parts, positions, hidden = list[Part](), list[int](), list[torch.Tensor]()
+        known = list[list[torch.Tensor]]()  # of each step's first positions, what comes of them
         for state, step in works:
             self._rewind(state, step)
-            parts += self._parts(state, step)
-            positions += _positions(step)
-            hidden.append(step.hidden.reshape(1, -1, model.hidden_size).to(device, model.dtype))
+            known.append(self._reuse(state, step))
+            rest = step.piece(sum(each.shape[1] for each in known[-1]), step.hidden.shape[1])
+            if rest.hidden.shape[1]:
+                parts += self._parts(state, rest)
+                positions += _positions(rest)
+            hidden.append(rest.hidden.reshape(1, -1, model.hidden_size).to(device, model.dtype))
         together = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
-        batch = Batch(parts, self.pool, model.span.start - self.span.start)
-        output = model.forward_batch(together, torch.tensor([positions], device=device), batch)
+        if parts:
+            batch = Batch(parts, self.pool, model.span.start - self.span.start)
+            output = model.forward_batch(together, torch.tensor([positions], device=device), batch)
+        else:
+            output = together
+        self.ran += output.shape[1]
         pieces = torch.split(output, [one.shape[1] for one in hidden], 1) if len(works) > 1 else [output]
-        return [piece.reshape(step.hidden.shape) for piece, (_, step) in zip(pieces, works, strict=True)]
+        outputs = [
+            torch.cat([*before, piece], 1) if before else piece for before, piece in zip(known, pieces, strict=True)
+        ]
+        for (state, step), before, piece in zip(works, known, pieces, strict=True):
+            self._remember(state, step.hidden[:, sum(each.shape[1] for each in before) :], piece)
+        return [output.reshape(step.hidden.shape) for output, (_, step) in zip(outputs, works, strict=True)]
+
+    def _reuse(self, state: SessionState, step: StepInput) -> list[torch.Tensor]:
+        """Take the pages that begin as the step does, and were run before; returns what came of them then."""
+        tables, trail = state.tables, state.trail
+        if trail is None or tables is None or trail.heads or step.hidden.shape[1] < PAGE:
+            return []
+        pages, outputs = self._prefixes.find(trail, step.hidden)
+        tables.adopt(pages)
+        self.reused += PAGE * len(pages)
+        return outputs
+
+    def _remember(self, state: SessionState, hidden: torch.Tensor, output: torch.Tensor) -> None:
+        if state.trail is not None and state.tables is not None and hidden.shape[1]:
+            self._prefixes.add(state.trail, state.tables.pages(0), hidden, output)
 
     def _parts(self, state: SessionState, step: StepInput) -> list[Part]:
         """A part of the batch for each row, with room for what it adds."""
@@ -227,6 +263,7 @@ class Stage:
             position_ids=step.position_ids,
         )
         state.mask = mask
+        self.ran += step.hidden.shape[0] * step.hidden.shape[1]
         return output
 
     def _check(self, state: SessionState, step: StepInput) -> None:
@@ -275,9 +312,18 @@ class Stage:
                 rollback(state.cache, step.position)
         state.length = step.position
         state.mask = state.mask[:, : step.position] if state.mask is not None else None
+        self._follow(state, step)
         if step.rows is not None and step.moves_rows(state.number):
             self._reorder(state, step.rows)
             state.number = step.number
+
+    def _follow(self, state: SessionState, step: StepInput) -> None:
+        """Keep the trail to what the session holds; only plain sessions of one row have one."""
+        plain = step.hidden.shape[0] == 1 and step.rows is None and step.mask is None and step.position_ids is None
+        if step.position == 0 and state.owner and state.tables is not None:
+            state.trail = Trail.of(state.owner, state.model.span)
+        if state.trail is not None and not (plain and state.trail.truncate(step.position, PAGE)):
+            state.trail = None
 
     def _reorder(self, state: SessionState, rows: list[int]) -> None:
         if state.tables is not None:

@@ -105,6 +105,14 @@ class _View:
     runs: Sequence[Run]
     mask: torch.Tensor | None
     causal: bool
+    added: torch.Tensor | None = None
+
+    def bias(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as what is added to the scores [groups * count, N]: made once, used by every block."""
+        if self.mask is not None and (self.added is None or self.added.shape[0] != groups * len(self.mask)):
+            added = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self.added = added.masked_fill_(~self.mask, -torch.inf).repeat(groups, 1)
+        return self.added
 
 
 class Sight:
@@ -230,9 +238,7 @@ def _plain(
             keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         output = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
         return output.transpose(1, 2)
-    mask = view.mask
-    if mask is not None and groups > 1:
-        mask = mask.repeat(groups, 1)
+    mask = view.bias(groups, query.dtype)
     packed = query.reshape(1, keys.shape[1], groups * count, width)
     output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
     return output.reshape(1, heads, count, values.shape[3]).transpose(1, 2)

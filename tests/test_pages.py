@@ -50,8 +50,8 @@ def test_beams_share_pages_until_one_of_them_writes() -> None:
     copies = tables.grow(6, 7)
     assert pages.used == 4  # the full page is everybody's, the last one each row's own
     assert [(end - start) for (start, end), _ in copies] == [2, 2]  # the row that was left alone with it copies nothing
-    assert len({tables.page(row, 0) for row in range(3)}) == 1
-    assert len({tables.page(row, 1) for row in range(3)}) == 3
+    assert len({tables.pages(row)[0] for row in range(3)}) == 1
+    assert len({tables.pages(row)[1] for row in range(3)}) == 3
 
 
 def test_a_rollback_gives_pages_back() -> None:

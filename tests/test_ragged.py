@@ -157,3 +157,69 @@ def test_what_is_taken_out_of_the_pool_can_be_put_back_elsewhere() -> None:
     pool.put_back(kept, [(20, 24), (30, 32)])
     found = pool.read(0, [(20, 24), (30, 32)], torch.float32)
     torch.testing.assert_close(found, (keys, values))
+
+
+# --- beginnings that are there already ------------------------------------------------------------------------------
+
+
+def alone(model: StageModel, hidden: torch.Tensor) -> torch.Tensor:
+    return model.forward(hidden, position=0, cache=model.new_cache())
+
+
+def test_a_session_that_begins_like_another_of_the_same_client_takes_its_pages(model: StageModel) -> None:
+    stage = Stage(model, 1024)
+    hidden, other_end = states(3 * PAGE + 5), states(9, seed=3)
+    first = stage.open(stage.span, 1, 100, "a client")
+    stage.run(first, StepInput(1, 0, hidden[:, : PAGE + 7]))  # in pieces that do not end where pages do
+    for position in range(PAGE + 7, hidden.shape[1]):
+        stage.run(first, StepInput(position - PAGE - 5, position, hidden[:, position : position + 1]))
+    ran, used = stage.ran, stage.pages.used
+    second = stage.open(stage.span, 1, 100, "a client")
+    again = torch.cat([hidden, other_end], 1)
+    output = stage.run(second, StepInput(1, 0, again))
+    torch.testing.assert_close(output, alone(model, again))
+    assert (stage.ran - ran, stage.reused) == (5 + 9, 3 * PAGE)
+    assert stage.pages.used == used + 1
+    stage.close(first)  # what it shared stays
+    step = StepInput(2, again.shape[1], states(1))
+    torch.testing.assert_close(stage.run(second, step), alone(model, torch.cat([again, states(1)], 1))[:, -1:])
+
+
+def test_only_the_same_client_over_the_same_blocks_with_the_same_bytes_takes_them(model: StageModel) -> None:
+    stage, hidden = Stage(model, 1024), states(2 * PAGE)
+    stage.run(stage.open(stage.span, 1, 40, "a client"), StepInput(1, 0, hidden))
+    for span, owner, begin in (
+        (stage.span, "another", hidden),
+        (stage.span, "", hidden),
+        (Span(0, 2), "a client", hidden),
+        (stage.span, "a client", hidden + 1e-6),
+    ):
+        output = stage.run(stage.open(span, 1, 40, owner), StepInput(1, 0, begin))
+        torch.testing.assert_close(output, alone(model.part(span), begin))
+    mask = torch.ones(1, 2 * PAGE, dtype=torch.uint8)
+    mask[0, :3] = 0
+    stage.run(stage.open(stage.span, 1, 40, "a client"), StepInput(1, 0, hidden, mask=mask))
+    assert stage.reused == 0
+
+
+def test_pages_that_are_shared_are_not_written_into(model: StageModel) -> None:
+    stage, hidden = Stage(model, 1024), states(2 * PAGE)
+    sessions = [stage.open(stage.span, 1, 64, "a client") for _ in range(2)]
+    for session in sessions:
+        stage.run(session, StepInput(1, 0, hidden))
+    assert stage.reused == 2 * PAGE
+    other = states(4, seed=8)
+    output = stage.run(sessions[1], StepInput(2, PAGE + 3, other))  # a rollback into the second page
+    torch.testing.assert_close(output, alone(model, torch.cat([hidden[:, : PAGE + 3], other], 1))[:, -4:])
+    output = stage.run(sessions[0], StepInput(2, 2 * PAGE, states(1)))
+    torch.testing.assert_close(output, alone(model, torch.cat([hidden, states(1)], 1))[:, -1:])
+
+
+def test_what_is_kept_for_later_makes_room_when_it_is_needed(model: StageModel) -> None:
+    stage = Stage(model, 4 * PAGE)
+    for seed in range(6):
+        session = stage.open(stage.span, 1, 4 * PAGE, "a client")
+        hidden = states(4 * PAGE, seed=seed)
+        torch.testing.assert_close(stage.run(session, StepInput(1, 0, hidden)), alone(model, hidden))
+        stage.close(session)
+        assert stage.pages.used == 4

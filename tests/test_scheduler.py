@@ -27,8 +27,8 @@ def scheduler(*works: Work, together: bool = True) -> Scheduler:
 
 def test_decodes_go_first_and_a_prompt_fills_what_they_leave() -> None:
     waiting = scheduler(work(1, 100), work(2), work(3, SHORT), work(4))
-    assert taken(waiting.turn(0.0, 64).slices) == [(2, 0, 1), (3, 0, SHORT), (4, 0, 1), (1, 0, 64 - SHORT - 2)]
-    assert taken(waiting.turn(0.0, 64).slices) == [(1, 46, 100)]
+    assert taken(waiting.turn(0.0, 64).slices) == [(2, 0, 1), (3, 0, SHORT), (4, 0, 1), (1, 0, 2 * PIECE)]
+    assert taken(waiting.turn(0.0, 80).slices) == [(1, 32, 100)]
     assert len(waiting) == 0
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 BENCHES = {
     "single": "one sequence through 1, 2 and 3 stages, against the whole model in one process",
     "hop": "what a hop adds to a token",
+    "aggregate": "1, 4, 8 and 16 clients at once, against one",
+    "prefill": "a prompt of 512 tokens through two stages, against the whole model in one process",
+    "mixed": "the gaps between tokens of four clients, while prompts of 1,024 keep arriving",
     "startup": "from launching two peers to a client's first token",
     "memory": "what a peer with the whole model takes, and in how many processes",
     "failover": "how long an answer stands still when a hop is killed, with and without standby",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -55,9 +56,11 @@ class _Clock(BaseStreamer):
 
 
 def prompt(folder: Path, tokens: int = PROMPT_TOKENS) -> torch.Tensor:
-    """[1, tokens]: the beginning of a text."""
+    """[1, tokens]: the beginning of a text, which goes on with Python's own help where it is not long enough."""
     tokenizer: Any = load_tokenizer(str(folder))
     ids: list[int] = tokenizer(_TEXT)["input_ids"]
+    if len(ids) < tokens:
+        ids += tokenizer(topics["assignment"])["input_ids"]
     assert len(ids) >= tokens
     return torch.tensor([ids[:tokens]])
 

@@ -23,7 +23,7 @@ from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
 
 PEERS = (1, 2, 4)
-MUST = Must("value", "<=", 1.0)
+MUST = Must("value", "<=", 0.5)
 ROUNDS = 9
 NEW_TOKENS = 128
 
