@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from relay import HOST, RelayProcess
+
 from swarm.background import BackgroundLoop
 from swarm.discovery import Discovery
 from swarm.identity import Identity
@@ -139,14 +141,19 @@ class PeerProcess:
 class LocalSwarm:
     """A bootstrap node and peers, each a process; a context manager that leaves nothing behind.
 
+    Args:
+        listen: where the bootstrap node does.
+        one_way: seconds by which each link of the data plane is slower than this machine's loopback.
+
     Attributes:
         address: by which others join; of the bootstrap node, as long as nobody says otherwise.
     """
 
-    def __init__(self, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, listen: str = "127.0.0.1:0", one_way: float = 0.0) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-local-")
         self.folder = Path(self._folder.name)
         self.peers: list[PeerProcess] = []
+        self._relay = RelayProcess(one_way) if one_way else None
         self.bootstrap_process = self._start(["bootstrap", "--listen", listen])
         self._background = BackgroundLoop()
         self._discovery: Discovery | None = None
@@ -166,7 +173,12 @@ class LocalSwarm:
     def serve(self, model: str, *options: str, threads: int = 1, within: Sequence[str] = ()) -> PeerProcess:
         """Start a peer for `model`; `options` as on the command line. Does not wait for it."""
         joining = ["--initial-peers", self.address, "--threads", str(threads)]
-        return self._start(["serve", model, *joining, *options], within)
+        if self._relay is None:
+            return self._start(["serve", model, *joining, *options], within)
+        port = self._relay.open()
+        process = self._start(["serve", model, *joining, *options, "--announce", f"{HOST}:{port}"], within)
+        self._relay.lead(port, process.pid)
+        return process
 
     def again(self, peer: PeerProcess) -> PeerProcess:
         """Start a peer that has ended once more, under its identity."""
@@ -201,6 +213,8 @@ class LocalSwarm:
         for process in self.peers:
             process.stop()
         self._background.close()
+        if self._relay is not None:
+            self._relay.close()
         self._folder.cleanup()
 
     def __enter__(self) -> LocalSwarm:

@@ -17,6 +17,7 @@ import typer
 from benches import BENCHES
 from benches.plan import Plan, machine, versions
 from benches.rows import Must, Rounds, Row, exit_code, spread, table
+from benches.soak import theil_sen
 from processes import Failed
 from rich.console import Console
 from typer.testing import CliRunner
@@ -89,6 +90,12 @@ def test_quick_means_fewer_rounds() -> None:
     assert quiet_plan().rounds(9) == 9
     assert quiet_plan(quick=True).rounds(9) == 2
     assert quiet_plan(quick=True).rounds(1) == 1
+
+
+def test_the_slope_through_samples_does_not_mind_a_few_that_are_far_off() -> None:
+    line = [(x, 3.0 * x + 1.0) for x in range(20)]
+    assert theil_sen(line) == pytest.approx(3.0)
+    assert theil_sen([*line[:5], (5, 900.0), (6, -100.0), *line[7:]]) == pytest.approx(3.0)
 
 
 def test_a_row_as_json() -> None:

@@ -8,10 +8,12 @@ BENCHES = {
     "aggregate": "1, 4, 8 and 16 clients at once, against one",
     "prefill": "a prompt of 512 tokens through two stages, against the whole model in one process",
     "mixed": "the gaps between tokens of four clients, while prompts of 1,024 keep arriving",
+    "wan": "peers 25 ms apart: straight from stage to stage, and with several tokens in a trip",
     "startup": "from launching two peers to a client's first token",
     "memory": "what a peer with the whole model takes, and in how many processes",
     "failover": "how long an answer stands still when a hop is killed, with and without standby",
     "drain": "the longest gap between tokens that four clients see while a peer leaves",
+    "soak": "ten minutes of clients that come, go, cancel and die: memory, sessions left, answers",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }
 """Every bench by its name, which is its module's, in the order in which `all` runs them."""
