@@ -82,6 +82,18 @@ SpeculateHow = Annotated[
 Wait = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks that nobody hosts yet.")
 ]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact", metavar="", help="Use no peer with quantized weights. Else such peers serve what nobody else does."
+    ),
+]
+Mix = Annotated[
+    bool,
+    typer.Option(
+        "--mix", metavar="", help="Let exact and quantized peers take over from each other in the middle of an answer."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
@@ -121,6 +133,8 @@ def generate(
     wait: Wait = 0.0,
     standby: StandbyCount = 0,
     speculate: SpeculateHow = "auto",
+    exact: Exact = False,
+    mix: Mix = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
@@ -132,7 +146,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        with _talking_to(model_name, initial_peers, wait, standby, speculate) as conversation:
+        with _talking_to(model_name, initial_peers, wait, standby, speculate, exact=exact, mix=mix) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), _page.write, **options)
             _page.write("\n")
@@ -153,13 +167,18 @@ def chat(
     wait: Wait = 0.0,
     standby: StandbyCount = 0,
     speculate: SpeculateHow = "auto",
+    exact: Exact = False,
+    mix: Mix = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
     set_up_logging(verbose)
     with suppress(ImportError):  # there is none for Windows
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
-    with errors_told(), _talking_to(model_name, initial_peers, wait, standby, speculate) as conversation:
+    with (
+        errors_told(),
+        _talking_to(model_name, initial_peers, wait, standby, speculate, exact=exact, mix=mix) as conversation,
+    ):
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
         messages = list(begin)
@@ -195,7 +214,7 @@ def status(
 
 @contextmanager
 def _talking_to(
-    model_name: str, initial_peers: list[str], wait: float, standby: int, speculate: str
+    model_name: str, initial_peers: list[str], wait: float, standby: int, speculate: str, *, exact: bool, mix: bool
 ) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     from swarm.speculation import Speculate
@@ -217,6 +236,9 @@ def _talking_to(
             wait=wait,
             standby=standby,
             speculate=speculate,
+            exact=exact,
+            mix=mix,
+            on_quantized=_tell_quantized,
             on_missing=_tell_missing,
         )
     finally:
@@ -233,6 +255,13 @@ def _talking_to(
 def _tell_missing(missing: tuple[Span, ...]) -> None:
     _page.end_line()
     console.print(f"waiting for a peer that hosts blocks {', '.join(map(str, missing))}")
+
+
+def _tell_quantized(blocks: dict[str, list[Span]]) -> None:
+    for kind, spans in blocks.items():
+        console.print(
+            f"blocks {', '.join(map(str, spans))} are run with {kind} weights; --exact does without", style="dim"
+        )
 
 
 def _options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from swarm.drafting import load_draft_model
 from swarm.errors import ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
-from swarm.network import Network, Waiting
+from swarm.network import Network, Quantized, Waiting, warn_quantized
+from swarm.precision import Precision
 from swarm.session import Session, StepMeta
 from swarm.speculation import Speculate, Tuner
 from swarm.types import ModelId, Route, Span
@@ -142,6 +143,8 @@ class Chain:
         self.context = context_of(config)
         self.waiting = waiting
         self.standby = standby
+        self.precision = Precision.STEADY
+        self.on_quantized: Quantized = warn_quantized
         self.speculate = speculate
         self.draft_model: PreTrainedModel | None = None
         self.rewindable = not SessionCache(config, Span(0, self.num_blocks)).is_stateful
@@ -188,6 +191,8 @@ class Chain:
                 max_length=length,
                 waiting=self.waiting,
                 standby=self.standby,
+                precision=self.precision,
+                on_quantized=self.on_quantized,
             )
             cache.bind(session, self.background)
         assert cache.session is not None
@@ -312,6 +317,9 @@ class SwarmModelForCausalLM:
         failover_wait: float = 10.0,
         standby: int = 0,
         speculate: str = "off",
+        exact: bool = False,
+        mix: bool = False,
+        on_quantized: Quantized = warn_quantized,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
@@ -325,6 +333,11 @@ class SwarmModelForCausalLM:
             speculate: "auto" drafts tokens from the text where that is worth it, so that a trip along the chain may
                 bring several; "lookup" whenever it can; "draft:NAME" with the small model NAME, here; "off" never.
                 The tokens are the same, sampled ones with the same seed too.
+            exact: use no peer that keeps its weights quantized. Without this, exact ones are used wherever there are
+                any, quantized ones for the blocks that would be missing otherwise, and in the middle of an answer only
+                peers of the same kind take over from those that fail.
+            mix: use whoever is fastest, and let peers take over from those of another kind.
+            on_quantized: told which blocks quantized peers run, each time that changes; by default, the log is.
             on_missing: told which blocks are waited for, each time they change.
 
         Raises:
@@ -333,6 +346,7 @@ class SwarmModelForCausalLM:
             UsageError: `speculate` is none of these, or NAME reads another tokenizer's tokens.
         """
         drafts = Speculate.parse(speculate)
+        precision = _precision(exact, mix)
         folder = resolve(str(name))
         checkpoint = Checkpoint(folder)
         background = BackgroundLoop()
@@ -341,6 +355,7 @@ class SwarmModelForCausalLM:
             background.at_close(network.close)
             waiting = Waiting(wait, failover_wait, on_missing)
             chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
+            chain.precision, chain.on_quantized = precision, on_quantized
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
@@ -353,6 +368,12 @@ class SwarmModelForCausalLM:
         _wrap_forward(model)
         model.train(False)
         return model
+
+
+def _precision(exact: bool, mix: bool) -> Precision:
+    if exact and mix:
+        raise UsageError("exact peers alone, or a mix of any: not both")
+    return Precision.EXACT if exact else Precision.ANY if mix else Precision.STEADY
 
 
 def _carrying(cache: SwarmCache, run: Callable[[], Any]) -> Any:

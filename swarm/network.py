@@ -19,6 +19,7 @@ from swarm.identity import Identity
 from swarm.interfaces import Transport
 from swarm.liveroute import Neighbours, Shunned
 from swarm.ping import ping
+from swarm.precision import Kinds, Precision
 from swarm.routing import View, find_route, uncovered
 from swarm.rpc import Rpc
 from swarm.session import Session, Sessions
@@ -49,6 +50,16 @@ class Directory(Protocol):
 
     async def close(self) -> None:
         """Leave."""
+
+
+Quantized = Callable[[dict[str, list[Span]]], None]
+"""Told which blocks of a session quantized peers run, by kind, each time that changes."""
+
+
+def warn_quantized(blocks: dict[str, list[Span]]) -> None:
+    """A `Quantized` that leaves a line in the log."""
+    for kind, spans in blocks.items():
+        log.warning("quantized peers serve blocks=%s kind=%s", ",".join(map(str, spans)), kind)
 
 
 class Network:
@@ -109,13 +120,17 @@ class Network:
         max_length: int,
         waiting: Waiting = Waiting(),
         standby: int = 0,
+        precision: Precision = Precision.STEADY,
+        on_quantized: Quantized = warn_quantized,
     ) -> Session:
         """A session of `batch` rows and up to `max_length` positions; its first step opens it.
 
-        `standby` is how many spares follow at each hop.
+        `standby` is how many spares follow at each hop, `precision` says which peers will do.
         """
-        find = _Finder(self, model, num_blocks, batch * max_length, waiting)
-        return Session(self.sessions, model, num_blocks, find, batch, max_length, standby)
+        find = _Finder(self, model, num_blocks, batch * max_length, waiting, Kinds(precision), on_quantized)
+        session = Session(self.sessions, model, num_blocks, find, batch, max_length, standby)
+        find.begun = lambda: session.length > 0
+        return session
 
     async def close(self) -> None:
         """End all sessions and leave."""
@@ -127,7 +142,17 @@ class Network:
 class _Finder:
     """Finds routes for one session."""
 
-    def __init__(self, network: Network, model: ModelId, num_blocks: int, tokens: int, waiting: Waiting) -> None:
+    def __init__(
+        self,
+        network: Network,
+        model: ModelId,
+        num_blocks: int,
+        tokens: int,
+        waiting: Waiting,
+        kinds: Kinds,
+        on_quantized: Quantized,
+    ) -> None:
+        self.begun: Callable[[], bool] = lambda: False  # whether the session holds anything
         self._network = network
         self._model = model
         self._num_blocks = num_blocks
@@ -135,6 +160,8 @@ class _Finder:
         self._waiting = waiting
         self._chance = network.chance
         self._told: tuple[Span, ...] = ()
+        self._kinds = kinds
+        self._on_quantized = on_quantized
 
     async def __call__(
         self,
@@ -162,10 +189,28 @@ class _Finder:
             if late >= 0:  # raises unless those who only rest could help
                 self._route(offers, span, ever if waits else now, view)
             self._tell(uncovered([offer for offer in offers if offer.peer not in now], self._num_blocks))
+
+            if loop.time() >= deadline:
+                return self._route(offers, span, ever, view)  # raises, and says which blocks
+            self._tell(uncovered(self._allowed(offers, span, ever), span))
             await asyncio.sleep(POLL_SECONDS)
 
+    def _allowed(self, offers: Sequence[Offer], span: Span, avoid: set[PeerId]) -> list[Offer]:
+        return self._kinds.allowed([offer for offer in offers if offer.peer not in avoid], span, self.begun())
+
     def _route(self, offers: Sequence[Offer], span: Span, avoid: set[PeerId], view: View) -> Route:
-        return find_route(offers, span, avoid=avoid, chance=self._chance, view=view, tokens_needed=self._tokens)
+        allowed = self._allowed(offers, span, avoid)
+        try:
+            route = find_route(allowed, span, chance=self._chance, view=view, tokens_needed=self._tokens)
+        except NoRoute as error:
+            others = [offer for offer in offers if offer.peer not in avoid]
+            why = self._kinds.refused(others, [Span(*missing) for missing in error.missing])
+            raise NoRoute(f"{error}{why}", error.missing) from None
+        before = self._kinds.quantized()
+        self._kinds.note(route)
+        if (quantized := self._kinds.quantized()) != before:
+            self._on_quantized(quantized)
+        return route
 
     def _view(self, offers: Sequence[Offer], neighbours: Neighbours) -> View:
         known = {offer.peer: offer for offer in offers}

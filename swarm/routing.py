@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -267,7 +267,8 @@ class _Search:
         for block in reversed(range(self._span.start, self._span.end)):
             parent = int(self._parents[block - self._span.start, offer])
             if parent != _STAYED:
-                hops.append(Hop(self._offers[offer].peer, self._offers[offer].addresses, Span(block, end)))
+                chosen = self._offers[offer]
+                hops.append(Hop(chosen.peer, chosen.addresses, Span(block, end), chosen.quantize))
                 offer, end = parent, block
         return hops[::-1]
 
@@ -278,7 +279,7 @@ def _without_returns(hops: Sequence[Hop]) -> list[Hop]:
     for hop in hops:
         again = next((index for index, earlier in enumerate(result) if earlier.peer == hop.peer), None)
         if again is not None:
-            hop = Hop(hop.peer, hop.addresses, Span(result[again].span.start, hop.span.end))
+            hop = replace(hop, span=Span(result[again].span.start, hop.span.end))
             del result[again:]
         result.append(hop)
     return result

@@ -105,9 +105,11 @@ class Hop:
     peer: PeerId
     addresses: tuple[Address, ...]
     span: Span
+    quantize: str = "none"  # how the peer keeps the blocks' weights
 
     def __str__(self) -> str:
-        return f"{self.peer[-6:]}[{self.span}]"
+        kind = "" if self.quantize == "none" else f" {self.quantize}"
+        return f"{self.peer[-6:]}[{self.span}{kind}]"
 
 
 @dataclass(frozen=True, slots=True)
