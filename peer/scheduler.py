@@ -36,7 +36,7 @@ class Work:
         what: for the caller's use.
         group: only work of one group runs in the same turn.
         priority: higher goes first.
-        deadline: after which nobody wants it, on the caller's clock.
+        deadline: after which nobody wants it, unless it was begun before; on the caller's clock.
         done: positions that were given out already.
         since: when it was last given a turn, or came.
     """
@@ -160,13 +160,17 @@ class Scheduler:
             self._queues.pop(session, None)
 
     def _late(self, now: float) -> list[Work]:
-        late = [work for queue in self._queues.values() for work in queue if work.deadline <= now]
+        late = [work for queue in self._queues.values() for work in queue if _is_late(work, now)]
         for session in {work.session for work in late}:
-            self.cancel(session, lambda work: work.deadline <= now)
+            self.cancel(session, lambda work: _is_late(work, now))
         return late
 
     def __repr__(self) -> str:
         return f"<Scheduler sessions={len(self._queues)} steps={len(self)}>"
+
+
+def _is_late(work: Work, now: float) -> bool:
+    return work.deadline <= now and not work.done
 
 
 def _fitting(work: Work, left: int, alone: bool) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from peer.outlet import Failed, Outlet
+from peer.scheduler import Work
 from peer.stage import SessionState, StepInput
 from swarm import tensors, wire
 from swarm.errors import Forgotten, RemoteError, Unreachable
@@ -54,6 +55,7 @@ class ServedSession:
         self.epoch = 0
         self.came = 0
         self.opened = 0
+        self.returning: list[Work] = []  # steps that wait for what the session holds to come back to the pool
         self._rpc = rpc
         self._spares: dict[PeerId, Spare] = {}
         self._told: Mark | None = None  # how far the next hop was told while it was a spare
@@ -68,8 +70,8 @@ class ServedSession:
 
     @property
     def outward(self) -> int:
-        """Messages that wait for their way to be free."""
-        return len(self.client) + (len(self.next) if self.next else 0)
+        """Messages that wait for their way to be free, and steps for their session to be back."""
+        return len(self.client) + (len(self.next) if self.next else 0) + len(self.returning)
 
     async def set_next(self, endpoint: wire.Endpoint | None) -> None:
         """Who runs the following blocks from now on. Raises `Unreachable` or `WrongKey`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from peer.admission import Admission
 from peer.cache import Leases
 from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
@@ -24,6 +26,7 @@ from swarm.errors import (
     BeyondCache,
     Busy,
     Draining,
+    NoRoom,
     ProtocolError,
     RemoteError,
     ShoalError,
@@ -83,6 +86,7 @@ class Server:
         self._executor = executor
         self._engine = Engine(stage, executor, clock)
         self._leases = leases
+        self._admission = Admission(leases, self, clock)
         self._model = model
         self._clock = clock
         self._sessions: dict[SessionId, ServedSession] = {}
@@ -125,7 +129,11 @@ class Server:
             session = await self._admit(key, link, message)
         state = session.state
         length = max(message.max_length, state.length)  # what it holds stays, and stays leased
-        self._leases.grant(key, self._leases.room(message.batch, length), self._clock())
+        await self._admission.lease(key, self._leases.room(message.batch, length), message.wait, first=True)
+        if self._sessions.get(key) is not session:
+            if key not in self._sessions:
+                self._leases.release(key)
+            raise UnknownSession("the session ended while it waited for room")
         session.heard_from(link)
         session.opened = message.epoch
         state.max_length = length
@@ -144,7 +152,7 @@ class Server:
             raise WrongModel(f"the peer hosts model {self._model[:12]}, not {message.model[:12]}")
         if message.end <= message.start or Span(message.start, message.end) not in self._stage.span:
             raise WrongModel(f"the peer hosts blocks {self._stage.span}, not {message.start}:{message.end}")
-        self._leases.grant(key, self._leases.room(message.batch, message.max_length), self._clock())
+        await self._admission.lease(key, self._leases.room(message.batch, message.max_length), message.wait)
         span = Span(message.start, message.end)
         try:
             state = await self._executor.run(
@@ -152,6 +160,7 @@ class Server:
             )
         except BaseException:
             self._leases.release(key)
+            self._admission.serve()
             raise
         self._empty.clear()
         session = self._sessions[key] = ServedSession(self._rpc, key, link, state)
@@ -179,8 +188,9 @@ class Server:
         if (session := self._sessions.pop(key, None)) is not None:
             session.close()
             self._engine.cancel(key)
-            self._executor.submit(lambda: self._stage.close(session.state), _closed)
-        self._leases.release(key)
+            self._executor.submit(lambda: self._stage.close(session.state), _done)
+        self._leases.release(key, self._clock())
+        self._admission.serve()
         if not self._sessions:
             self._empty.set()
 
@@ -189,6 +199,24 @@ class Server:
         for key in self._leases.expired(self._clock()):
             log.info("lease ended session=%s", key.hex()[:8])
             self._forget(key)
+        self._admission.serve()
+
+    # What `peer.admission` needs done.
+
+    def is_busy(self, session: SessionId) -> bool:
+        """Whether steps of it wait or run, or it is only being opened."""
+        return session not in self._sessions or self._engine.waiting(session) > 0
+
+    def put_out(self, session: SessionId) -> None:
+        """Move what it holds to host memory."""
+        state = self._sessions[session].state
+        log.info("put out session=%s positions=%d", session.hex()[:8], state.length)
+        self._executor.submit(lambda: self._stage.put_out(state), _done)
+
+    def end(self, session: SessionId) -> None:
+        """It was idle for very long, and others need the room."""
+        log.info("lease lost session=%s", session.hex()[:8])
+        self._forget(session)
 
     # --- steps: in, run, out ---------------------------------------------------------------------------------------
 
@@ -210,24 +238,49 @@ class Server:
         except RemoteError as error:
             self._refuse(session.client.link, message, _blamed(error, link, session))
             return
-        self._leases.renew(session.key, self._clock())
+        self._leases.stepped(session.key, self._clock())
         if not self._engine.waiting(session.key) and (kept := session.kept_output(message)) is not None:
             session.pass_on(message, step, kept, message.more, self._teller(session, message))
             return
         rows, count, _ = message.hidden.shape
         now = self._clock()
-        self._engine.add(
-            Work(
-                session=session.key,
-                client=session.client.peer,
-                rows=rows,
-                count=count,
-                arrived=now,
-                what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
-                group=session.state.model.span,
-                deadline=now + self._leases.duration,
-            )
+        work = Work(
+            session=session.key,
+            client=session.client.peer,
+            rows=rows,
+            count=count,
+            arrived=now,
+            what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
+            group=session.state.model.span,
+            deadline=now + self._leases.duration if message.position == 0 else math.inf,
         )
+        if session.returning or self._leases.is_out(session.key):
+            session.returning.append(work)
+            if len(session.returning) == 1:
+                self._rpc.spawn(self._return(session))
+        else:
+            self._engine.add(work)
+
+    async def _return(self, session: ServedSession) -> None:
+        """Have what the session holds come back to the pool, in its turn, and run the steps that wait for it."""
+        failed: NoRoom | None = None
+        state = session.state
+        try:
+            tokens = self._leases.room(state.batch, state.max_length)
+            await self._admission.lease(session.key, tokens, self._leases.duration, first=True)
+        except NoRoom as error:
+            failed = error
+        works, session.returning = session.returning, []
+        if self._sessions.get(session.key) is not session:
+            if session.key not in self._sessions:
+                self._leases.release(session.key)
+            return
+        for work in works:
+            message = work.what.receiver.message
+            if failed is not None:
+                self._refuse(session.client.link, message, failed)
+            elif message.replay or message.epoch >= session.epoch:
+                self._engine.add(work)
 
     def _check_room(self, session: ServedSession, message: wire.Step) -> None:
         """Before anything is kept of it: whether the step can be taken at all."""
@@ -340,7 +393,7 @@ def _was_given_up(work: Work) -> bool:
     return receipt.message.replay == 0
 
 
-def _closed(_: None, error: BaseException | None) -> None:
+def _done(_: None, error: BaseException | None) -> None:
     if error is not None:
         log.error("a session's pages were not given back", exc_info=error)
 

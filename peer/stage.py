@@ -16,7 +16,7 @@ from peer.prefixes import Prefixes, Trail
 from swarm.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, reorder, rollback
-from swarm.pool import Pool
+from swarm.pool import Kept, Pool
 from swarm.ragged import Batch, Part
 from swarm.types import Span
 
@@ -79,6 +79,7 @@ class SessionState:
     mask: torch.Tensor | None = None  # [rows, length], None while there is no padding
     owner: str = ""  # whose pages it may use again, and who may use its
     trail: Trail | None = None  # what came in, as long as its pages can be used again
+    out: list[list[Kept]] | None = None  # what its rows hold, block by block, while that is in host memory
 
     def forget(self) -> None:
         """Nothing was ever run in it."""
@@ -86,7 +87,7 @@ class SessionState:
             self.tables.truncate(0)
         else:
             self.cache = self.model.new_cache()
-        self.mask, self.length, self.number, self.trail = None, 0, 0, None
+        self.mask, self.length, self.number, self.trail, self.out = None, 0, 0, None, None
 
 
 Work = tuple[SessionState, StepInput]
@@ -138,6 +139,21 @@ class Stage:
         """Give back what the session holds."""
         if state.tables is not None:
             state.tables.close()
+
+    def put_out(self, state: SessionState) -> None:
+        """Move what the session holds to host memory, until its next step. A cache of its own stays where it is."""
+        if (tables := state.tables) is not None and state.out is None and state.length:
+            state.out = [self.pool.take_out(tables.runs(row, state.length)) for row in range(state.rows)]
+            tables.truncate(0)
+
+    def _bring_back(self, state: SessionState) -> None:
+        if state.out is None or state.tables is None:
+            return
+        state.tables.set_rows(state.rows)
+        state.tables.grow(0, state.length)
+        for row, kept in enumerate(state.out):
+            self.pool.put_back(kept, state.tables.runs(row, state.length))
+        state.out = None
 
     def bytes_per_token(self, state: SessionState) -> int:
         """What a position of a session that has some takes in memory."""
@@ -298,6 +314,7 @@ class Stage:
 
     def _rewind(self, state: SessionState, step: StepInput) -> None:
         """Forget what lies after the step's position, and continue the rows it names: once, however often it comes."""
+        self._bring_back(state)
         if step.position == 0:
             state.rows = step.hidden.shape[0]
             state.mask = None

@@ -72,6 +72,7 @@ class LiveRoute:
         failovers: how often places were given to other peers.
         epoch: grows with every attempt; what is left over from an earlier one is dropped by everybody.
         replayed: positions that some hop has to run again before the step under way.
+        queue: seconds to wait for room at a hop that is full; 0 to be refused at once, and ask another.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class LiveRoute:
         self.failovers = 0
         self.epoch = 0
         self.replayed = 0
+        self.queue = 0.0
         self.places: list[Place] = []
         self.pace = Pace()
         self.blame = blame
@@ -257,11 +259,12 @@ class LiveRoute:
         endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
         span = place.hop.span
         terms = wire.OpenSession(
-            self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint, self.epoch
+            self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint, self.epoch, self.queue
         )
         seconds = OPEN_SECONDS if self.blame.trouble is None else FAILOVER_SECONDS
         if place.lives and place.after == after:
             seconds = REOPEN_SECONDS
+        seconds += self.queue
         lease = await place.open_session(self._rpc, terms, after, self._lost, seconds)
         self._lease = min(lease, self._lease or lease)
 

@@ -128,7 +128,7 @@ class Network:
         `standby` is how many spares follow at each hop, `precision` says which peers will do.
         """
         find = _Finder(self, model, num_blocks, batch * max_length, waiting, Kinds(precision), on_quantized)
-        session = Session(self.sessions, model, num_blocks, find, batch, max_length, standby)
+        session = Session(self.sessions, model, num_blocks, find, batch, max_length, standby, waiting.first)
         find.begun = lambda: session.length > 0
         return session
 

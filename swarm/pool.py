@@ -13,6 +13,9 @@ import torch
 Run = tuple[int, int]
 """Slots that follow one another: the first, and the one after the last."""
 
+Kept = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of some slots of one block, [heads, N, width] each."""
+
 
 class Pool:
     """Room for `slots` positions in every block. What memory it takes grows with the slots that were ever written.
@@ -60,7 +63,7 @@ class Pool:
             for (start, end), target in pairs:
                 kept[:, target : target + end - start] = kept[:, start:end]
 
-    def take_out(self, runs: Sequence[Run]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def take_out(self, runs: Sequence[Run]) -> list[Kept]:
         """What the slots in `runs` hold in every block, copied to host memory."""
         return [
             (
@@ -70,7 +73,7 @@ class Pool:
             for _, (keys, values) in sorted(self._layers.items())
         ]
 
-    def put_back(self, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], runs: Sequence[Run]) -> None:
+    def put_back(self, kept: Sequence[Kept], runs: Sequence[Run]) -> None:
         """Undo `take_out`, into these slots."""
         for (_, stores), held in zip(sorted(self._layers.items()), kept, strict=True):
             for store, tensor in zip(stores, held, strict=True):

@@ -116,6 +116,7 @@ class Session:
         batch: int,
         max_length: int,
         standby: int = 0,
+        queue: float = 0.0,
     ) -> None:
         self.key = SessionId(os.urandom(16))
         self.length = 0
@@ -127,6 +128,8 @@ class Session:
         self._standby = Standby(self._live, self._history, standby)
         self._waiting: _Waiting | None = None
         self._closed = False
+        self._queue_seconds = queue  # to wait for room where all hops of some block are full
+        self._queue_until = 0.0  # for the step under way, on the loop's clock
         self._stepping = asyncio.Lock()  # a hop is exchanged between two steps
 
     @property
@@ -171,6 +174,7 @@ class Session:
             self._live.lease_for(max(piece.end, 2 * self._live.max_length))
         self._owner.add(self)
         self._blame.begin(begun=self.length > 0)
+        self._live.queue, self._queue_until = 0.0, asyncio.get_running_loop().time() + self._queue_seconds
         try:
             output = await self._run(number, piece, meta.keep)
         except BaseException:
@@ -187,6 +191,8 @@ class Session:
             try:
                 return await self._attempt(number, piece, keep)
             except NoRoute:
+                if isinstance(last, NoRoom) and self._may_queue():
+                    continue
                 full = Refused if self.length == 0 else NoRoom | Busy
                 if isinstance(last, full):
                     raise last from None  # why the last one said no tells more than that nobody else is left
@@ -199,6 +205,13 @@ class Session:
                     self._live.fault(error)
                 last = error
         raise SessionLost(f"step {number} failed {MAX_ATTEMPTS} times, last with: {last}")
+
+    def _may_queue(self) -> bool:
+        """Nobody has room at once: whether to ask again and wait for it, as long as the user is ready to."""
+        self._live.queue = max(0.0, self._queue_until - asyncio.get_running_loop().time())
+        if self._live.queue > 0:
+            self._blame.begin(begun=self.length > 0)
+        return self._live.queue > 0
 
     async def _attempt(self, number: int, piece: Piece, keep: int) -> torch.Tensor:
         """Repair the route where it needs that, send the step, and wait for its answer."""

@@ -105,7 +105,7 @@ class OpenSession(Message, tag="open"):
 
     Sent by the client to every hop of its route. Asked again with the same `session`, it may grow `max_length` or
     name another `next`; what the session holds stays, unless it is for other blocks. What is left over from an
-    earlier `epoch` is refused.
+    earlier `epoch` is refused. Where there is no room, it may `wait` for some in a queue.
     """
 
     session: Key
@@ -116,6 +116,7 @@ class OpenSession(Message, tag="open"):
     max_length: Position
     next: Endpoint | None  # who runs the following blocks; None for the last hop, which answers the client
     epoch: Count = 0
+    wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT)] = 0.0  # seconds
 
 
 class SessionOpened(Message, tag="opened"):

@@ -159,6 +159,28 @@ def test_what_is_taken_out_of_the_pool_can_be_put_back_elsewhere() -> None:
     torch.testing.assert_close(found, (keys, values))
 
 
+def test_what_is_put_out_comes_back_with_the_next_step(model: StageModel) -> None:
+    stage = Stage(model, 1024)
+    hidden, beams = states(PAGE + 5), states(PAGE + 2, 2)
+    one, two = begun(stage, hidden), begun(stage, beams)
+    for state in (one, two):
+        stage.put_out(state)
+        stage.put_out(state)
+    assert stage.pages.used == 0
+    other = begun(stage, states(40, seed=7))  # in their place
+    outputs = stage.run_all(
+        [(one, StepInput(2, PAGE + 5, states(1))), (two, StepInput(2, PAGE + 2, states(1, 2), [1, 1]))]
+    )
+    assert isinstance(outputs[0], torch.Tensor)
+    assert isinstance(outputs[1], torch.Tensor)
+    torch.testing.assert_close(outputs[0], alone(model, torch.cat([hidden, states(1)], 1))[:, -1:])
+    torch.testing.assert_close(outputs[1], alone(model, torch.cat([beams[[1, 1]], states(1, 2)], 1))[:, -1:])
+    stage.put_out(one)
+    for state in (one, two, other):
+        stage.close(state)
+    assert stage.pages.used == 0
+
+
 # --- beginnings that are there already ------------------------------------------------------------------------------
 
 

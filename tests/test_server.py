@@ -314,6 +314,31 @@ async def test_a_full_cache_says_so_at_once(swarm: Swarm) -> None:
     await client.open(peer, key(), max_length=20)
 
 
+async def test_an_idle_session_makes_room_and_comes_back_as_it_was(swarm: Swarm) -> None:
+    peer, client, idle, other, hidden = await swarm.peer(capacity=32), swarm.client(), key(), key(), states(9)
+    await client.open(peer, idle)
+    await client.step(peer, idle, hidden[:, :8], 1, 0)
+    peer.now[0] = 10.0
+    await client.open(peer, other, max_length=24)
+    await client.step(peer, other, states(24), 1, 0)
+    assert (peer.server.sessions, peer.leases.used, peer.leases.out) == (2, 24, 16)
+    await client.send(peer, idle, hidden[:, 8:], 2, 8)  # it waits in the queue
+    await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)
+    (await client.link(peer)).tell(wire.CloseSession(other))
+    torch.testing.assert_close(await client.answer(), swarm.expected(hidden)[:, -1:])
+    assert (peer.leases.used, peer.leases.out) == (16, 0)
+
+
+async def test_a_client_may_wait_for_room(swarm: Swarm) -> None:
+    peer, client, first, second = await swarm.peer(capacity=20), swarm.client(), key(), key()
+    await client.open(peer, first)
+    opening = asyncio.create_task(client.open(peer, second, wait=WAIT))
+    await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)
+    (await client.link(peer)).tell(wire.CloseSession(first))
+    await opening
+    await client.step(peer, second, states(16), 1, 0)
+
+
 async def test_a_hop_that_cannot_be_reached_is_named(swarm: Swarm) -> None:
     peer, client = await swarm.peer("first"), swarm.client()
     nobody = wire.Endpoint(Identity.generate().peer, [("127.0.0.1", 1)])
