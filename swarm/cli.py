@@ -8,6 +8,8 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -44,6 +46,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+evaluating = typer.Typer(no_args_is_help=True, help="Measure how good a swarm's answers are.")
+app.add_typer(evaluating, name="evaluate")
 
 WATCH_SECONDS = 1.0
 
@@ -207,6 +212,49 @@ def status(
     """Show which blocks are online how many times, and the peers that host them."""
     set_up_logging(verbose)
     run(lambda stop: unless_stopped(_status(initial_peers, model_name, as_json, watch, route), stop))
+
+
+@evaluating.command()
+def perplexity(
+    initial_peers: InitialPeers,
+    model_name: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a short name or a hub id.")
+    ] = DEFAULT_MODEL,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to read. Default: the help texts that come with Python.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="How much of it, from the beginning; 0 for all.")
+    ] = 8192,
+    window: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens that are read at a time, each on its own.")
+    ] = 512,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="For programs.")] = False,
+    wait: Wait = 0.0,
+    exact: Exact = False,
+    mix: Mix = False,
+    verbose: Verbose = False,
+) -> None:
+    """How well the swarm predicts a text; lower is better. For comparing peers that keep weights differently."""
+    set_up_logging(verbose)
+    with errors_told(), _talking_to(model_name, initial_peers, wait, 0, "off", exact=exact, mix=mix) as conversation:
+        from swarm.perplexity import default_text, measure, read_text, windows_of
+
+        read: Any = conversation.tokenizer(default_text() if text is None else read_text(text), verbose=False)
+        bars = ProgressBars()
+        try:
+            windows = windows_of(read["input_ids"], window, tokens)
+            found = measure(conversation.model, windows, lambda done, total: bars("reading", done, total))
+        finally:
+            bars.stop()
+        about = {"model": model_name, "text": str(text or "pydoc_data.topics"), "window": window}
+        if as_json:
+            print(json.dumps({**about, **asdict(found), "tokens_per_second": found.tokens_per_second}))
+            return
+        print(f"perplexity {found.perplexity:.4f}")
+        summary = f"{found.predicted} tokens predicted in {found.windows} windows of {window}"
+        speed = f"{found.tokens_per_second:.0f} tokens/s read, by {found.route}"
+        console.print(Text(f"{summary}, {speed}", style="dim"), soft_wrap=True)
 
 
 # --- generate and chat ---------------------------------------------------------------------------------------------

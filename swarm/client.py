@@ -145,6 +145,7 @@ class Chain:
         self.standby = standby
         self.precision = Precision.STEADY
         self.on_quantized: Quantized = warn_quantized
+        self._told: dict[str, list[Span]] = {}  # which blocks are quantized, as the user knows
         self.speculate = speculate
         self.draft_model: PreTrainedModel | None = None
         self.rewindable = not SessionCache(config, Span(0, self.num_blocks)).is_stateful
@@ -181,6 +182,12 @@ class Chain:
         if self.context is not None and before + count > self.context:
             raise UsageError(f"{before + count} tokens are more than the model's context of {self.context}")
 
+    def _quantized(self, blocks: dict[str, list[Span]]) -> None:
+        """Tell the user what is new to them: sessions come and go."""
+        if blocks != self._told:
+            self._told = blocks
+            self.on_quantized(blocks)
+
     async def _step(self, cache: SwarmCache, hidden: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         if cache.session is None:
             length = max(cache.max_length, meta.position + hidden.shape[1])
@@ -192,7 +199,7 @@ class Chain:
                 waiting=self.waiting,
                 standby=self.standby,
                 precision=self.precision,
-                on_quantized=self.on_quantized,
+                on_quantized=self._quantized,
             )
             cache.bind(session, self.background)
         assert cache.session is not None

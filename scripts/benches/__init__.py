@@ -14,6 +14,8 @@ BENCHES = {
     "failover": "how long an answer stands still when a hop is killed, with and without standby",
     "drain": "the longest gap between tokens that four clients see while a peer leaves",
     "soak": "ten minutes of clients that come, go, cancel and die: memory, sessions left, answers",
+    "quant": "one sequence through two stages with int8 and int4 weights, against the whole model in fp32",
+    "quality": "perplexity through peers with exact, int8 and int4 weights, against the whole model in fp32",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }
 """Every bench by its name, which is its module's, in the order in which `all` runs them."""
