@@ -129,7 +129,6 @@ class Session:
         self._waiting: _Waiting | None = None
         self._closed = False
         self._queue_seconds = queue  # to wait for room where all hops of some block are full
-        self._queue_until = 0.0  # for the step under way, on the loop's clock
         self._stepping = asyncio.Lock()  # a hop is exchanged between two steps
 
     @property
@@ -174,7 +173,7 @@ class Session:
             self._live.lease_for(max(piece.end, 2 * self._live.max_length))
         self._owner.add(self)
         self._blame.begin(begun=self.length > 0)
-        self._live.queue, self._queue_until = 0.0, asyncio.get_running_loop().time() + self._queue_seconds
+        self._live.queue = 0.0
         try:
             output = await self._run(number, piece, meta.keep)
         except BaseException:
@@ -186,12 +185,13 @@ class Session:
     async def _run(self, number: int, piece: Piece, keep: int) -> torch.Tensor:
         """The one retry loop: attempt, see who is at fault, repair, and attempt again."""
         last: RemoteError | None = None
+        wanted = self._live.max_length
         for _ in range(MAX_ATTEMPTS):
             self._live.epoch += 1
             try:
                 return await self._attempt(number, piece, keep)
             except NoRoute:
-                if isinstance(last, NoRoom) and self._may_queue():
+                if isinstance(last, NoRoom) and self._may_queue(wanted):
                     continue
                 full = Refused if self.length == 0 else NoRoom | Busy
                 if isinstance(last, full):
@@ -199,19 +199,21 @@ class Session:
                 raise
             except RemoteError as error:
                 log.info("step failed session=%s error=%r peer=%s", self.key.hex()[:8], str(error), error.peer[-6:])
-                if isinstance(error, NoRoom) and self._live.max_length > piece.end:
+                if isinstance(error, NoRoom) and self._live.max_length > piece.end and not self._live.queue:
                     self._live.lease_for(piece.end)  # no more than this step needs
                 else:
                     self._live.fault(error)
                 last = error
         raise SessionLost(f"step {number} failed {MAX_ATTEMPTS} times, last with: {last}")
 
-    def _may_queue(self) -> bool:
-        """Nobody has room at once: whether to ask again and wait for it, as long as the user is ready to."""
-        self._live.queue = max(0.0, self._queue_until - asyncio.get_running_loop().time())
-        if self._live.queue > 0:
-            self._blame.begin(begun=self.length > 0)
-        return self._live.queue > 0
+    def _may_queue(self, wanted: int) -> bool:
+        """Nobody has room at once: whether to ask again and wait for it, once, if the user is ready to wait at all."""
+        if self._live.queue or not self._queue_seconds:
+            return False
+        self._live.queue = self._queue_seconds
+        self._live.lease_for(wanted)
+        self._blame.begin(begun=self.length > 0)
+        return True
 
     async def _attempt(self, number: int, piece: Piece, keep: int) -> torch.Tensor:
         """Repair the route where it needs that, send the step, and wait for its answer."""

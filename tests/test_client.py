@@ -228,6 +228,20 @@ def test_no_room_is_said_at_once(model: Any) -> None:
         model(PROMPT, past_key_values=SwarmCache(max_length=250_000))
 
 
+def test_who_waits_gets_the_room_that_another_gives_back(model: Any) -> None:
+    held = SwarmCache(max_length=4000)
+    model(PROMPT, past_key_values=held)
+    waiting = SwarmCache(max_length=3000)
+    thread = threading.Thread(target=lambda: model(PROMPT, past_key_values=waiting))
+    thread.start()
+    while waiting.session is None:
+        thread.join(0.01)
+    held.close()
+    thread.join(20)
+    assert waiting.length == PROMPT.shape[1]
+    waiting.close()
+
+
 def test_what_is_no_input_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match="empty"):
         model(torch.empty(1, 0, dtype=torch.long))
