@@ -10,7 +10,7 @@ from swarm.errors import Internal, RemoteError, ShoalError
 from swarm.frames import Buffer
 from swarm.rpc import Link, Rpc
 from swarm.types import Address, PeerId
-from swarm.wire import Endpoint, Message
+from swarm.wire import Echo, Endpoint, Message
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,15 @@ class Outlet:
     def peer(self) -> PeerId:
         """Who is there."""
         return self.link.peer
+
+    async def answers(self, timeout: float) -> bool:
+        """Whether the way is free and leads there; where nothing comes back, it is ended for everybody."""
+        try:
+            await self.link.call(Echo(), timeout=timeout)
+        except RemoteError:
+            self.link.close()
+            return False
+        return True
 
     def send(self, message: Message, body: Sequence[Buffer], failed: Failed) -> None:
         """At once, or in the background after what waits already; `failed` is told if it cannot be sent."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 REPLAY_POSITIONS = 256  # of a replayed step, at most: other sessions' steps go between
 FEED_SECONDS = 0.2  # between two times that spares are told what is new
+ECHO_SECONDS = 0.3  # for the next hop to show that the way to it still is one
+REDIAL_SECONDS = 0.5  # for it to answer on another, where it is not; both well within what the client waits for us
 DIAL_SECONDS = 2.5  # for the next hop to answer, well within what the client waits for us
 
 
@@ -79,16 +81,18 @@ class ServedSession:
             self.next = None
         elif (spare := self._spares.get(PeerId(endpoint.peer))) is not None:
             self.next, self._told = spare.outlet, spare.mark
-        elif self.next is None or self.next.endpoint != endpoint or self.next.link.error is not None:
+        elif self.next is None or self.next.endpoint != endpoint:
             self.next, self._told = await self.dial(endpoint), None
+        elif not await self.next.answers(ECHO_SECONDS):
+            self.next, self._told = await self.dial(endpoint, REDIAL_SECONDS), None
         else:
             return
         self._spares.clear()
 
-    async def dial(self, endpoint: wire.Endpoint) -> Outlet:
+    async def dial(self, endpoint: wire.Endpoint, seconds: float = DIAL_SECONDS) -> Outlet:
         """The way to another peer. Raises `Unreachable` or `WrongKey`."""
         try:
-            async with asyncio.timeout(DIAL_SECONDS):
+            async with asyncio.timeout(seconds):
                 return await Outlet.open(self._rpc, endpoint)
         except TimeoutError:
             raise Unreachable(f"{endpoint.peer} did not answer in time", endpoint.peer) from None

@@ -63,6 +63,8 @@ class Place:
             raise
         if not isinstance(opened, wire.SessionOpened):
             raise Malformed("an answer to OpenSession that is none", self.peer)
+        if self.link is not None and self.link is not link:
+            self.link.unwatch(lost)
         self.link, self.after, self.open = link, after, True
         self.mark = Mark(opened.number, opened.length)
         link.watch(lost)

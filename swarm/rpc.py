@@ -68,6 +68,8 @@ class Link:
         self._running: dict[int, asyncio.Task[None]] = {}  # their calls here
         self._held = 0  # bytes of the bodies of those
         self._untold = 0
+        self._heard = 0  # messages
+        self._given_up = False
         self.error: RemoteError | None = None  # why the link is gone, None while it lives
         self._watchers: list[Callable[[Link], None]] = []
 
@@ -82,14 +84,15 @@ class Link:
         """Ask, and wait for the reply: its message and body.
 
         Raises what the other side raised, `DeadlineExceeded` after `timeout` seconds, `Unreachable` when the link
-        breaks. Cancelling it cancels the handler there.
+        breaks. Cancelling it cancels the handler there. Where nothing at all is heard for so long, the way may be
+        dead without a word, as when a router has forgotten it: who wants the peer from then on dials anew.
         """
         if self.error is not None:
             raise self.error
         timeout = min(timeout, wire.MAX_TIMEOUT)
         if not timeout > 0:
             raise DeadlineExceeded(f"no time is left to ask {self.peer}", self.peer)
-        call = next(self._numbers)
+        call, heard = next(self._numbers), self._heard
         future: asyncio.Future[tuple[Any, memoryview]] = asyncio.get_running_loop().create_future()
         light = sum(len(piece) for piece in body) <= LIGHT
         self._pending[call] = _Call(future, self._rpc.clock(), light)
@@ -98,6 +101,8 @@ class Link:
                 await self._connection.send(pack_envelope(Kind.REQUEST, call, timeout, message), body)
                 return await future
         except TimeoutError:
+            if self._heard == heard:
+                self._give_up()
             name = type(message).__name__
             raise DeadlineExceeded(f"{self.peer} did not answer {name} within {timeout:.1f} s", self.peer) from None
         finally:
@@ -136,6 +141,9 @@ class Link:
 
     def received(self, header: bytes, body: memoryview) -> None:
         """A message from the other side (called by the connection)."""
+        self._heard += 1
+        if self._given_up:
+            self._given_up = not self._rpc.keep(self)
         envelope = wire.unpack_envelope(header)
         if envelope.kind is Kind.NOTIFY:
             self._hear(envelope, body)
@@ -246,6 +254,13 @@ class Link:
         """Have it told no more."""
         if lost in self._watchers:
             self._watchers.remove(lost)
+        if self._given_up and not self._watchers:
+            self.close()
+
+    def _give_up(self) -> None:
+        """Let nobody else have it, as long as it is silent; who has it already decides for himself."""
+        self._given_up = True
+        self._rpc.forget(self)
 
     def close(self, error: RemoteError | None = None) -> None:
         """End the link, telling the other side why."""
@@ -337,9 +352,13 @@ class Rpc:
             link.tell(message)
 
     def forget(self, link: Link) -> None:
-        """A link is gone; the next call dials anew."""
+        """A link is gone, or silent; who wants the peer next dials anew."""
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
+
+    def keep(self, link: Link) -> bool:
+        """A link is silent no more: it may be had again, unless there is another by now. Whether it is."""
+        return self._links.setdefault(link.peer, link) is link
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run `work` in the background until it ends or this is closed; a peer's failure in it is only logged."""

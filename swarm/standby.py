@@ -57,10 +57,21 @@ class Standby:
                     break
 
     async def _prepare(self, place: Place) -> None:
-        """Let other peers follow what `place` is told. Raises `NoRoute`, or what they say."""
+        """Let other peers follow what `place` is told, whoever can be had. Raises `NoRoute`, or what the hops say."""
+        failed: set[PeerId] = set()
+        while True:
+            try:
+                return await self._prepare_without(failed, place)
+            except RemoteError as error:
+                log.info("not a spare peer=%s error=%r", error.peer[-6:], str(error))
+                if not error.peer or error.peer in failed:
+                    raise
+                failed.add(PeerId(error.peer))
+
+    async def _prepare_without(self, failed: set[PeerId], place: Place) -> None:
         live = self._live
         before, after = self._around(place)
-        taken = {each.peer for one in live.places for each in (one, *one.followers())}
+        taken = {each.peer for one in live.places for each in (one, *one.followers())} | failed
         index = live.places.index(place)
         route = await live.find_others(place.hop.span, taken, live.neighbours(index, index + 1))
         spare = [Place(hop) for hop in route]

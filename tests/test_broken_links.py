@@ -130,8 +130,8 @@ def forget(hop: int) -> Break:
 
 @pytest.mark.parametrize(
     "broken",
-    [cut(0), cut(1), deafen(0), deafen(1), mute(0), mute(1), forget(0), forget(1)],
-    ids=["down-0", "down-1", "deaf-0", "deaf-1", "mute-0", "mute-1", "forgotten-0", "forgotten-1"],
+    [cut(0), cut(1), deafen(0), deafen(1), mute(0), mute(1), part, forget(0), forget(1)],
+    ids=["down-0", "down-1", "deaf-0", "deaf-1", "mute-0", "mute-1", "parted", "forgotten-0", "forgotten-1"],
 )
 def test_a_link_breaks(net: Net, client: Any, broken: Break) -> None:
     tokens, _ = disturbed(client, 20, {5: lambda session: broken(net, session)})

@@ -391,6 +391,32 @@ async def test_a_lost_link_fails_what_waits_and_cancels_what_runs() -> None:
         await again.call(wire.Echo(), timeout=WAIT)
 
 
+async def test_a_silent_link_is_dialled_past() -> None:
+    async with linked() as (near, far, link):
+        Handler(far)
+        lost: list[Link] = []
+        link.watch(lost.append)
+        with pytest.raises(DeadlineExceeded):
+            await link.call(wire.KeepAlive(KEY), timeout=0.05)
+        again = await near.connect(far.peer, [far.address])
+        assert again is not link
+        await link.call(wire.Echo(), timeout=WAIT)  # who has it may use it, should it live after all
+        assert await near.connect(far.peer, []) is again
+        link.unwatch(lost.append)
+        with pytest.raises(Unreachable):
+            await link.call(wire.Echo(), timeout=WAIT)  # nobody has it any more
+        await again.call(wire.Echo(), timeout=WAIT)
+
+
+async def test_a_link_that_was_silent_and_lives_is_the_link_again() -> None:
+    async with linked() as (near, far, link):
+        Handler(far)
+        with pytest.raises(DeadlineExceeded):
+            await link.call(wire.KeepAlive(KEY), timeout=0.05)
+        await link.call(wire.Echo(), timeout=WAIT)
+        assert await near.connect(far.peer, []) is link
+
+
 async def test_a_large_call_on_a_link_that_is_lost_fails() -> None:
     async with linked() as (near, far, link):
         calls = [asyncio.create_task(link.call(wire.Echo(), [bytes(64 * MIB)], timeout=WAIT)) for _ in range(3)]

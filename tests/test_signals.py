@@ -59,7 +59,7 @@ def client_of(swarm: LocalSwarm, model: Model, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("standby", [0])
+@pytest.mark.parametrize("standby", [0, 1])
 def test_the_first_the_middle_and_the_last_hop_are_killed(
     swarm: LocalSwarm, hosts: Hosts, model: Model, standby: int
 ) -> None:
