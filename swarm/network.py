@@ -188,11 +188,7 @@ class _Finder:
                     return self._route(offers, span, avoid, view)
             if late >= 0:  # raises unless those who only rest could help
                 self._route(offers, span, ever if waits else now, view)
-            self._tell(uncovered([offer for offer in offers if offer.peer not in now], self._num_blocks))
-
-            if loop.time() >= deadline:
-                return self._route(offers, span, ever, view)  # raises, and says which blocks
-            self._tell(uncovered(self._allowed(offers, span, ever), span))
+            self._tell(uncovered(self._allowed(offers, span, now), span))
             await asyncio.sleep(POLL_SECONDS)
 
     def _allowed(self, offers: Sequence[Offer], span: Span, avoid: set[PeerId]) -> list[Offer]:
