@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
     from swarm.caches import SessionCache
+    from swarm.lean import Lean
     from swarm.ragged import Batch
     from swarm.skeleton import Skeleton
 
@@ -51,6 +52,7 @@ class StageModel:
         self.hidden_size: int = self.config.hidden_size
         self._skeleton = skeleton
         self._parts: dict[Span, StageModel] = {}
+        self._lean: Lean | None = None
         self.supports_rollback = not self.new_cache().is_stateful
         self._arguments = _accepted(type(self.model))
         configs = [self.config, *(vars(module).get("config") for module in self.model.modules())]
@@ -60,6 +62,11 @@ class StageModel:
 
     def __repr__(self) -> str:
         return f"<StageModel {self.span} {self.config.model_type} {str(self.dtype).removeprefix('torch.')}>"
+
+    @property
+    def lean(self) -> bool:
+        """Whether batches go the lean way through the blocks, as far as that was tried (`swarm.lean`)."""
+        return self._lean is not None and self._lean.known
 
     def new_cache(self) -> SessionCache:
         """An empty cache for one session."""
@@ -154,20 +161,25 @@ class StageModel:
         Returns:
             [1, T, H]
         """
+        from swarm.lean import Lean
         from swarm.ragged import RaggedCache, running
 
-        offered = {
-            "inputs_embeds": hidden,
-            "attention_mask": None,
-            "position_ids": position_ids,
-            "use_cache": True,
-            **dict.fromkeys(CACHE_ARGUMENTS, RaggedCache()),
-        }
+        def full(cache: RaggedCache) -> torch.Tensor:
+            offered = {
+                "inputs_embeds": hidden,
+                "attention_mask": None,
+                "position_ids": position_ids,
+                "use_cache": True,
+                **dict.fromkeys(CACHE_ARGUMENTS, cache),
+            }
+            self.model(**{name: offered[name] for name in self._arguments})
+            return self._output
+
         self._true_input = hidden
+        self._lean = self._lean or Lean(self.model, list(self._skeleton.blocks))
         try:
             with running(batch, self._configs):
-                self.model(**{name: offered[name] for name in self._arguments})
-            return self._output
+                return self._lean.run(full, hidden, position_ids)
         finally:
             self._true_input = self._output = _NOTHING
 

@@ -28,6 +28,9 @@ from swarm.pool import Pool, Run
 NAME = "shoal_ragged"
 """What transformers knows our attention and masks by."""
 
+_IMPLEMENTATION = "_attn_implementation_internal"
+"""Where a config keeps the name of the attention to use."""
+
 Rule = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """transformers' mask functions: (batch, head, query index, key index) to whether that key is seen."""
 
@@ -119,7 +122,7 @@ class Sight:
     """Stands for a mask in a ragged forward: the family's rule, applied to each part when it is first asked for."""
 
     def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+        self.rule = rule
         self._batch: Batch | None = None
         self._views: list[_View] = []
 
@@ -130,11 +133,11 @@ class Sight:
         return self._views
 
     def _view(self, part: Part, device: torch.device) -> _View:
-        plain = self._rule is _CAUSAL and part.real is None
+        plain = self.rule is _CAUSAL and part.real is None
         if plain and (part.count == 1 or part.start == 0):
             return _View(part.runs, None, causal=part.count > 1)
         queries = torch.arange(part.start, part.end, device=device)[:, None]
-        seen = self._rule(0, 0, queries, torch.arange(part.end, device=device)[None, :])
+        seen = self.rule(0, 0, queries, torch.arange(part.end, device=device)[None, :])
         seen = seen.expand(part.count, part.end)
         if part.real is not None:
             seen = seen & part.real.to(device)
@@ -169,17 +172,18 @@ _active = _Active()
 @contextmanager
 def running(batch: Batch, configs: Sequence[Any]) -> Iterator[None]:
     """Forwards of the models whose modules have these configs are ragged ones of `batch`, in this thread."""
-    before = [config._attn_implementation_internal for config in configs]
+    values = [vars(config) for config in configs]  # their own look-up costs more than all else here
+    before = [each[_IMPLEMENTATION] for each in values]
     batch.inner = before[0]
     _active.batch = batch
-    for config in configs:
-        config._attn_implementation_internal = NAME
+    for each in values:
+        each[_IMPLEMENTATION] = NAME
     try:
         yield
     finally:
         _active.batch = None
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        for each, name in zip(values, before, strict=True):
+            each[_IMPLEMENTATION] = name
 
 
 def attend(

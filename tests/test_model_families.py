@@ -252,7 +252,9 @@ def compare(folder: Path, parts: int, oracle: tuple[int, ...]) -> None:
     assert answer.tolist() == whole.generate(**batch(PROMPT), **options).tolist()
 
 
-RHYTHMS = ((6, 1, 1, 3), (1, 7, 2, 1, 1), (4, 1, 1, 1, 1))  # positions per step of three sessions at once
+RHYTHMS = ((6, 1, 1, 3), (1, 7, 2, 1, 1, 1, 1, 1, 1), (4, 1, 1, 1, 1))
+"""Positions per step of three sessions at once; in the end the second is alone."""
+
 ALONE = {
     *("bloom", "falcon", "gpt_neo", "gptj", "codegen", "mpt", "xglm", "biogpt"),  # attention of their own
     *("diffllama", "doge"),  # they do more with the keys and values than to attend to them
@@ -274,6 +276,7 @@ def compare_engine(family: str, folder: Path) -> None:
     assert all(stage.batches == (family not in ALONE) for stage in engine)
     for stage in engine:
         hidden = run_at_once(stage, hidden, inputs)
+    assert all(stage.model.lean == stage.batches for stage in engine)
     outputs = iter(hidden)
     ends = load_ends(folder, lambda _: next(outputs), dtype=torch.float32)
     for found, each, rhythm in zip(logits(ends, inputs), inputs, RHYTHMS, strict=True):
