@@ -6,11 +6,11 @@ the optimizer under `exp_avg.` and `exp_avg_sq.`; `stage-1.json` says of which r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ class Checkpoints:
         for round_ in mine[: -self._run.checkpoint.keep]:
             for path in reversed(self._files(round_)):
                 path.unlink(missing_ok=True)
-            if not any(path.parent.iterdir()):
-                shutil.rmtree(path.parent, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other stages still have theirs there
+                path.parent.rmdir()
 
 
 def rounds_in(folder: Path) -> list[int]:

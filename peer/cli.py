@@ -15,8 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 import swarm
-from peer.config import BootstrapSettings, ServeSettings, load
+from peer.config import BootstrapSettings, ServeSettings, TrainSettings, load
 from swarm.errors import UsageError
+from swarm.run import Run
+from swarm.run import load as load_run
 from swarm.terminal import (
     ProgressBars,
     addresses_in,
@@ -30,6 +32,7 @@ from swarm.terminal import (
 
 if TYPE_CHECKING:
     from peer.node import Node, Status
+    from peer.trainnode import TrainNode
 
 app = typer.Typer(
     name="peer",
@@ -184,6 +187,59 @@ def serve(
 
 
 @app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run: see configs/train-demo.toml.")],
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="I", help="The stage to hold. Default: one that the fewest hold.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume", metavar="", help="Go on from what was saved, where nobody else is left of the run."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to save. Default: as the file says, else checkpoints/NAME."),
+    ] = None,
+    leave: Annotated[
+        bool | None,
+        typer.Option("--leave", metavar="", help="End with the run, rather than go on to serve what was trained."),
+    ] = None,
+    initial_peers: InitialPeers = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    identity: IdentityFile = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default), cuda or mps.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
+    ] = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+) -> None:
+    """Hold a stage of a training run, together with others. Ctrl-C leaves."""
+    given: dict[str, Any] = {
+        "stage": stage,
+        "resume": resume,
+        "checkpoints": checkpoints,
+        "leave": leave,
+        "initial_peers": addresses_in(initial_peers or []) or None,
+        "listen": listen,
+        "announce": announce,
+        "identity": identity,
+        "device": device,
+        "threads": threads,
+    }
+    set_up_logging(verbose)
+    with errors_told():
+        settings = load(TrainSettings, config, given)
+        run_described = load_run(run_file)
+    command = f"peer train {shlex.quote(str(run_file.resolve()))}"
+    run(lambda stop: _train(settings, run_described, command, stop))
+
+
+@app.command()
 def bootstrap(
     initial_peers: InitialPeers = None,
     listen: Listen = None,
@@ -243,6 +299,54 @@ async def _leave(node: Node, timeout: float) -> None:
 def _sessions(node: Node) -> str:
     count = node.status().sessions
     return f"{count} session{'' if count == 1 else 's'}"
+
+
+async def _train(settings: TrainSettings, described: Run, command: str, stop: asyncio.Event) -> None:
+    from peer.node import identity_of
+    from peer.trainnode import TrainNode
+
+    bars = ProgressBars()
+    bars("starting", 0, 0)
+    node = TrainNode(settings, described, identity_of(settings), bars)
+    try:
+        _check_device(settings.device)
+        if not await unless_stopped(node.start(), stop):
+            return
+        bars.stop()
+        assert node.discovery is not None
+        _print_invitation(node.discovery.addresses, command, bool(settings.initial_peers))
+        showing = asyncio.create_task(_show_training(node))
+        try:
+            if not await unless_stopped(node.ended(), stop):
+                return
+            console.print(f"the run is over; digest={(await node.digest()).hex()}", soft_wrap=True)
+            if not settings.leave:
+                console.print("going on to serve it; Ctrl-C leaves")
+                await unless_stopped(node.failing(), stop)
+        finally:
+            showing.cancel()
+            await asyncio.wait({showing})
+    finally:
+        bars.stop()
+        await node.close()
+
+
+async def _show_training(node: TrainNode) -> None:
+    """One live line on a terminal; where there is none, a log line now and then."""
+    meter = _Meter()
+    with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext() as live:
+        while True:
+            status = node.status()
+            line = (
+                f"stage={status.stage} round={max(status.round, 0)}/{status.rounds} "
+                f"tokens/s={meter.speed(status.tokens, time.monotonic()):.0f} "
+                f"peers={'+'.join(map(str, status.peers))} sessions={status.sessions}"
+            )
+            if live is None:
+                console.print(line, soft_wrap=True)
+            else:
+                live.update(Text(line, style="cyan", no_wrap=True, overflow="ellipsis"), refresh=True)
+            await asyncio.sleep(LOG_SECONDS if live is None else STATUS_SECONDS)
 
 
 def _check_device(name: str) -> None:

@@ -27,7 +27,9 @@ _PREFIX = "SHOAL_"  # of environment variables
 _EXTRA = "extra_forbidden"  # pydantic's name of the mistake
 
 
-class _Settings(BaseSettings):
+class PeerSettings(BaseSettings):
+    """Of every peer."""
+
     model_config = SettingsConfigDict(extra="forbid", env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
 
     initial_peers: Annotated[list[str], NoDecode] = []
@@ -61,11 +63,11 @@ class _Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
-class BootstrapSettings(_Settings):
+class BootstrapSettings(PeerSettings):
     """Of `peer bootstrap`."""
 
 
-class ServeSettings(_Settings):
+class ServeSettings(PeerSettings):
     """Of `peer serve`."""
 
     model: str = DEFAULT_MODEL
@@ -90,7 +92,20 @@ class ServeSettings(_Settings):
         return value
 
 
-_Kind = TypeVar("_Kind", bound=_Settings)
+class TrainSettings(PeerSettings):
+    """Of `peer train`."""
+
+    stage: Annotated[int, Field(ge=0)] | None = None
+    checkpoints: Path | None = None
+    resume: bool = False
+    leave: bool = False
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+_Kind = TypeVar("_Kind", bound=PeerSettings)
 
 
 def load(kind: type[_Kind], file: Path | None, given: dict[str, Any]) -> _Kind:
@@ -111,7 +126,7 @@ def load(kind: type[_Kind], file: Path | None, given: dict[str, Any]) -> _Kind:
         raise UsageError(f"{file}: {error}") from None
 
 
-def _explained(problem: ErrorDetails, kind: type[_Settings], file: Path | None, given: dict[str, Any]) -> str:
+def _explained(problem: ErrorDetails, kind: type[PeerSettings], file: Path | None, given: dict[str, Any]) -> str:
     """One of pydantic's complaints in our words, with the place that the value came from."""
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == _EXTRA:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import swarm
 from peer.announcer import Announcer
 from peer.cache import Leases
-from peer.config import BootstrapSettings, ServeSettings, parse_address, parse_span
+from peer.config import PeerSettings, ServeSettings, parse_address, parse_span
 from peer.executor import Executor
 from peer.hosting import Hosting
 from peer.mover import Means, Mover
@@ -59,7 +59,7 @@ class Status:
     note: str  # what it is about, beside serving
 
 
-def identity_of(settings: BootstrapSettings | ServeSettings) -> Identity:
+def identity_of(settings: PeerSettings) -> Identity:
     """The identity in the file that the settings name, or in the first default one that no other peer here uses.
 
     Raises `UsageError`, or `InUse` where the settings name one that another peer uses.
@@ -82,11 +82,23 @@ def default_identity_file() -> Path:
     return Path(base) / "shoal" / "identity.key"
 
 
-async def start_discovery(settings: BootstrapSettings | ServeSettings, identity: Identity, port: int) -> Discovery:
+async def start_discovery(settings: PeerSettings, identity: Identity, port: int) -> Discovery:
     """Join the swarm, or begin one. The DHT listens at the same host as the data plane, at `port`."""
     listen = parse_address(settings.listen)
     announce = [_multiaddr(parse_address(settings.announce).host, port)] if settings.announce and port else []
     return await Discovery.start(identity, settings.initial_peers, host=listen.host, port=port, announce=announce)
+
+
+def addresses_of(settings: PeerSettings, discovery: Discovery, listening: Address) -> tuple[Address, ...]:
+    """Where others reach the data plane: as announced, or at every address of this machine if it listens at all."""
+    if settings.announce:
+        announced = parse_address(settings.announce)
+        return (Address(announced.host, announced.port or listening.port),)
+    if listening.host not in ("0.0.0.0", "::"):
+        return (listening,)
+    hosts = dict.fromkeys(address.split("/")[2] for address in discovery.addresses)
+    near_last = sorted(hosts, key=lambda host: host.startswith("127.") or host == "::1")
+    return tuple(Address(host, listening.port) for host in near_last[:8])
 
 
 def _multiaddr(host: str, port: int) -> str:
@@ -162,6 +174,7 @@ class Node:
 
     async def _blank_offer(self, checkpoint: Checkpoint, listening: Address) -> Offer:
         """What there is to say before anything is loaded. The span is the one asked for, else still open."""
+        assert self.discovery is not None
         model = await asyncio.to_thread(lambda: checkpoint.model_id)
         # In the one thread that imports transformers: seen from another, it may be half there.
         blocks = await self.executor.run(lambda: _count_blocks(checkpoint))
@@ -177,7 +190,7 @@ class Node:
             name=_name_of(settings.model),
             num_blocks=blocks,
             span=span,
-            addresses=self._addresses(listening),
+            addresses=addresses_of(settings, self.discovery, listening),
             state=State.JOINING,
             dtype=settings.dtype,
             quantize=settings.quantize,
@@ -190,18 +203,6 @@ class Node:
             expires=0.0,
             fixed=settings.blocks is not None or not settings.look_seconds,
         )
-
-    def _addresses(self, listening: Address) -> tuple[Address, ...]:
-        """Where others reach the data plane: as announced, or at every address of this machine if it listens at all."""
-        assert self.discovery is not None
-        if self.settings.announce:
-            announced = parse_address(self.settings.announce)
-            return (Address(announced.host, announced.port or listening.port),)
-        if listening.host not in ("0.0.0.0", "::"):
-            return (listening,)
-        hosts = dict.fromkeys(address.split("/")[2] for address in self.discovery.addresses)
-        near_last = sorted(hosts, key=lambda host: host.startswith("127.") or host == "::1")
-        return tuple(Address(host, listening.port) for host in near_last[:8])
 
     async def _take_place(self) -> int:
         """Measure the machine, choose the span that helps most and tell the swarm of it; of how many blocks it is."""

@@ -15,7 +15,7 @@ import torch
 from peer.executor import Executor
 from peer.training_stage import MicroBatch, TrainingStage
 from swarm import tensors
-from swarm.errors import BadTensor, SumLost, WrongModel
+from swarm.errors import BadTensor, StaleRound, SumLost, WrongModel
 from swarm.passing import EVALUATION, Answer, Parcel, Passing
 from swarm.rpc import Link, Reply, Rpc
 from swarm.wire_passes import Pass, Passed
@@ -73,6 +73,8 @@ class Passes:
             return await self._evaluate(message, batch)
         if len(inputs) != len(self._stage.run.samples_of(message.index)):
             raise BadTensor(f"{len(inputs)} samples in micro-batch {message.index}")
+        if message.round >= self._stage.run.rounds:
+            raise StaleRound(f"the run is over: it has {self._stage.run.rounds} rounds")
         await self._ledger.reached(message.round)
         answer = await self._through(message, batch)
         self.done += 1

@@ -46,6 +46,7 @@ class ServedSession:
         epoch: of the latest attempt of which something came; what is older is dropped.
         came: of the latest of which the step itself came.
         opened: of the latest in which the client said its terms.
+        outdated: whether what it holds was computed with weights that have changed since.
     """
 
     def __init__(self, rpc: Rpc, key: SessionId, link: Link, state: SessionState) -> None:
@@ -58,6 +59,7 @@ class ServedSession:
         self.came = 0
         self.opened = 0
         self.returning: list[Work] = []  # steps that wait for what the session holds to come back to the pool
+        self.outdated = False
         self._rpc = rpc
         self._spares: dict[PeerId, Spare] = {}
         self._told: Mark | None = None  # how far the next hop was told while it was a spare

@@ -31,6 +31,7 @@ from swarm.errors import (
     RemoteError,
     ShoalError,
     UnknownSession,
+    WeightsChanged,
     WrongModel,
     to_wire,
 )
@@ -194,6 +195,11 @@ class Server:
         if not self._sessions:
             self._empty.set()
 
+    def weights_changed(self) -> None:
+        """What all sessions hold is not what they would hold now: they have to begin anew."""
+        for session in self._sessions.values():
+            session.outdated = True
+
     def expire(self) -> None:
         """End the sessions whose clients have not been heard of for too long; call it now and then."""
         for key in self._leases.expired(self._clock()):
@@ -230,6 +236,9 @@ class Server:
         if message.epoch > session.epoch:
             session.epoch = message.epoch
             self._engine.cancel(session.key, _was_given_up)
+        if session.outdated:
+            self._refuse(session.client.link, message, WeightsChanged("the weights have changed since it began"))
+            return
         if not message.replay:
             session.came = message.epoch
         try:

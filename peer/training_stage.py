@@ -202,7 +202,10 @@ class TrainingStage:
         self._save()
 
     def skip(self) -> None:
-        """End the round without a step."""
+        """End the round without a step; what comes before the first one ends like this, too."""
+        if self.round < 0:
+            self._entered(0)
+            return
         self.optimizer.skip()
         self.round += 1
         self._unscaled = False

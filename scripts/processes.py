@@ -184,6 +184,11 @@ class LocalSwarm:
         """Start a peer that has ended once more, under its identity."""
         return self._start(peer.arguments, peer.within, peer.identity)
 
+    def train(self, run_file: Path, *options: str, threads: int = 1) -> PeerProcess:
+        """Start a peer that holds a stage of a run; `options` as on the command line. Does not wait for it."""
+        joining = ["--initial-peers", self.address, "--threads", str(threads)]
+        return self._start(["train", str(run_file), *joining, *options])
+
     def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
         """What the swarm offers of the model now."""
         if self._discovery is None:

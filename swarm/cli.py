@@ -20,6 +20,7 @@ from rich.text import Text
 import swarm
 from swarm.errors import RemoteError, ShoalError, UsageError
 from swarm.hub import DEFAULT_MODEL
+from swarm.run import load as load_run
 from swarm.terminal import (
     ProgressBars,
     addresses_in,
@@ -31,6 +32,7 @@ from swarm.terminal import (
     set_up_logging,
     unless_stopped,
 )
+from swarm.trainshow import Training, gather_held, gather_saved, train_and_show
 from swarm.types import Span
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ SpeculateHow = Annotated[
 Wait = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for blocks that nobody hosts yet.")
 ]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run: see configs/train-demo.toml.")]
+OfRun = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN.toml", help="Talk to the model of a training run, as it is at the moment."),
+]
 Exact = Annotated[
     bool,
     typer.Option(
@@ -140,6 +147,7 @@ def generate(
     speculate: SpeculateHow = "auto",
     exact: Exact = False,
     mix: Mix = False,
+    of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
@@ -151,7 +159,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        with _talking_to(model_name, initial_peers, wait, standby, speculate, exact=exact, mix=mix) as conversation:
+        with _talking_to(model_name, initial_peers, wait, standby, speculate, exact, mix, of_run) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), _page.write, **options)
             _page.write("\n")
@@ -174,6 +182,7 @@ def chat(
     speculate: SpeculateHow = "auto",
     exact: Exact = False,
     mix: Mix = False,
+    of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
@@ -182,7 +191,7 @@ def chat(
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
     with (
         errors_told(),
-        _talking_to(model_name, initial_peers, wait, standby, speculate, exact=exact, mix=mix) as conversation,
+        _talking_to(model_name, initial_peers, wait, standby, speculate, exact, mix, of_run) as conversation,
     ):
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
@@ -193,6 +202,69 @@ def chat(
                 messages = list(begin)
             elif said:
                 _turn(conversation, messages, said, options)
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    initial_peers: InitialPeers,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="Micro-batches under way at once. Default: three a stage."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="At the end, write the model there: a folder that from_pretrained loads."),
+    ] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where each round becomes a line of JSON. Default NAME.jsonl.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the loss is drawn at the end. Default NAME.png.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train: read the run's data and send it through the peers that hold its stages. Ctrl-C leaves."""
+    set_up_logging(verbose)
+    with errors_told():
+        described = load_run(run_file)
+    wanted = Training(
+        described,
+        initial_peers,
+        in_flight or 3 * len(described.stages),
+        output,
+        metrics or Path(f"{described.name}.jsonl"),
+        plot or Path(f"{described.name}.png"),
+    )
+    run(lambda stop: unless_stopped(train_and_show(wanted), stop))
+
+
+@app.command()
+def gather(
+    run_file: RunFile,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the model.")],
+    initial_peers: Annotated[
+        list[str] | None,
+        typer.Option("--initial-peers", metavar="ADDR...", help="Any peers of the swarm that trains it."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Take what its stages have saved there, rather than what they hold now."),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Put a run's stages together: an ordinary folder that `from_pretrained` loads."""
+    set_up_logging(verbose)
+    with errors_told():
+        described = load_run(run_file)
+        if (checkpoints is None) == (not initial_peers):
+            raise UsageError("gather from a swarm (--initial-peers ADDR...) or from a folder (--checkpoints FOLDER)")
+    if checkpoints is not None:
+        with errors_told():
+            gather_saved(described, checkpoints, folder)
+        return
+    peers = addresses_in(initial_peers or [])
+    run(lambda stop: unless_stopped(gather_held(described, peers, folder), stop))
 
 
 @app.command()
@@ -262,7 +334,14 @@ def perplexity(
 
 @contextmanager
 def _talking_to(
-    model_name: str, initial_peers: list[str], wait: float, standby: int, speculate: str, *, exact: bool, mix: bool
+    model_name: str,
+    initial_peers: list[str],
+    wait: float,
+    standby: int,
+    speculate: str,
+    exact: bool,
+    mix: bool,
+    of_run: Path | None = None,
 ) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     from swarm.speculation import Speculate
@@ -270,34 +349,61 @@ def _talking_to(
     Speculate.parse(speculate)  # before anything is fetched
     bars = ProgressBars()
     try:
-        bars(f"joining the swarm of {model_name}", 0, 0)
-        from swarm.hub import resolve
-
-        folder = resolve(model_name, bars)
-        from swarm.client import SwarmModelForCausalLM
-        from swarm.conversation import Conversation, load_tokenizer
-
-        tokenizer = load_tokenizer(str(folder))
-        model: Any = SwarmModelForCausalLM.from_pretrained(
-            folder,
-            initial_peers=initial_peers,
-            wait=wait,
-            standby=standby,
-            speculate=speculate,
-            exact=exact,
-            mix=mix,
-            on_quantized=_tell_quantized,
-            on_missing=_tell_missing,
-        )
+        if of_run is not None:
+            conversation = _with_run(of_run, initial_peers, wait, standby, bars)
+        else:
+            conversation = _with_model(model_name, initial_peers, wait, standby, speculate, exact, mix, bars)
     finally:
         bars.stop()
-    conversation = Conversation(model, tokenizer)
     try:
         yield conversation
     finally:
         _page.end_line()  # for an error, or the shell's prompt after Ctrl-C
         conversation.forget()
-        model.close()
+        conversation.model.close()
+
+
+def _with_run(file: Path, initial_peers: list[str], wait: float, standby: int, bars: ProgressBars) -> Conversation:
+    described = load_run(file)
+    bars(f"joining the swarm of {described.name}", 0, 0)
+    from swarm.conversation import Conversation
+    from swarm.network import Waiting
+    from swarm.runmodel import open_run
+
+    model, tokenizer = open_run(described, initial_peers, Waiting(wait, max(wait, 10.0), _tell_missing), standby)
+    return Conversation(model, tokenizer)
+
+
+def _with_model(
+    model_name: str,
+    initial_peers: list[str],
+    wait: float,
+    standby: int,
+    speculate: str,
+    exact: bool,
+    mix: bool,
+    bars: ProgressBars,
+) -> Conversation:
+    bars(f"joining the swarm of {model_name}", 0, 0)
+    from swarm.hub import resolve
+
+    folder = resolve(model_name, bars)
+    from swarm.client import SwarmModelForCausalLM
+    from swarm.conversation import Conversation, load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    model: Any = SwarmModelForCausalLM.from_pretrained(
+        folder,
+        initial_peers=initial_peers,
+        wait=wait,
+        standby=standby,
+        speculate=speculate,
+        exact=exact,
+        mix=mix,
+        on_quantized=_tell_quantized,
+        on_missing=_tell_missing,
+    )
+    return Conversation(model, tokenizer)
 
 
 def _tell_missing(missing: tuple[Span, ...]) -> None:

@@ -21,7 +21,7 @@ from swarm.caches import LengthCache, SessionCache
 from swarm.checkpoint import Checkpoint
 from swarm.decoding import SpeculatingMixin
 from swarm.drafting import load_draft_model
-from swarm.errors import ShoalError, UsageError
+from swarm.errors import SessionLost, ShoalError, UsageError, WeightsChanged
 from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
 from swarm.network import Network, Quantized, Waiting, warn_quantized
@@ -33,6 +33,9 @@ from swarm.types import ModelId, Route, Span
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
+
+
+MAX_RESTARTS = 32  # of one forward, while a run goes on
 
 
 class SwarmCache(LengthCache):
@@ -88,6 +91,13 @@ class SwarmCache(LengthCache):
         """Give the leases back. What was cached is gone; garbage collection does the same."""
         if self._finalizer is not None:
             self._finalizer()
+
+    def restart(self) -> torch.Tensor | None:
+        """Begin a new session; returns the token ids that the old one was given, which are to be run again."""
+        tokens = self.tokens
+        self.close()
+        self.session, self.length, self.rows, self.padded, self._inputs = None, 0, None, False, []
+        return tokens
 
     def note(self, input_ids: torch.Tensor | None) -> None:
         """Keep the token ids of a forward, so that an error can carry what was generated before it."""
@@ -150,6 +160,7 @@ class Chain:
         self.draft_model: PreTrainedModel | None = None
         self.rewindable = not SessionCache(config, Span(0, self.num_blocks)).is_stateful
         self.call = _Call()
+        self.refresh: Callable[[], None] | None = None  # fetches the ends anew, where the weights may change
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run [B, N, H] through the swarm as the call under way wants it; returns [B, N, H].
@@ -365,16 +376,21 @@ class SwarmModelForCausalLM:
             chain.precision, chain.on_quantized = precision, on_quantized
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
-            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=_mixin())
+            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin())
         except BaseException:
             background.close()
             raise
-        model.chain = chain  # type: ignore[assignment]
-        if model.generation_config is not None:
-            model.generation_config.use_cache = True  # without one, every token would send the whole text again
-        _wrap_forward(model)
-        model.train(False)
-        return model
+        return connect(model, chain)
+
+
+def connect(model: PreTrainedModel, chain: Chain) -> PreTrainedModel:
+    """Let a model that was loaded with `chain` for its blocks, and with `mixin`, use it."""
+    model.chain = chain  # type: ignore[assignment]
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True  # without one, every token would send the whole text again
+    _wrap_forward(model)
+    model.train(False)
+    return model
 
 
 def _precision(exact: bool, mix: bool) -> Precision:
@@ -391,7 +407,34 @@ def _carrying(cache: SwarmCache, run: Callable[[], Any]) -> Any:
         raise
 
 
-def _mixin() -> type:
+def _run(chain: Chain, inner: Callable[..., Any], bound: dict[str, Any]) -> Any:
+    """The model's forward; where the weights have changed since the session began, all of the text again."""
+    for _ in range(MAX_RESTARTS):
+        try:
+            return inner(**bound)
+        except WeightsChanged:
+            cache: SwarmCache = bound["past_key_values"]
+            if chain.refresh is None or (tokens := cache.restart()) is None:
+                raise
+            chain.refresh()
+            cache.note(tokens)
+            bound = _from_the_beginning(bound, tokens)
+            chain.call.position_ids, chain.call.keep = bound["position_ids"], bound["logits_to_keep"]
+    raise SessionLost(f"the weights changed {MAX_RESTARTS} times while one token was computed")
+
+
+def _from_the_beginning(bound: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a forward over `tokens` [B, N], of which the last are those of `bound`."""
+    positions, mask = torch.arange(tokens.shape[1]).expand(tokens.shape), bound.get("attention_mask")
+    if isinstance(mask, torch.Tensor):
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    count = bound["input_ids"].shape[1]
+    keep = bound.get("logits_to_keep") or count
+    again = {"input_ids": tokens, "position_ids": positions.to(tokens.device), "logits_to_keep": keep}
+    return {name: value for name, value in bound.items() if name != "cache_position"} | again
+
+
+def mixin() -> type:
     """A fresh subclass, so that what is put on it is this model's alone."""
     return type("SwarmMixin", (SwarmMixin,), {})
 
@@ -408,7 +451,7 @@ def _wrap_forward(model: Any) -> None:
         bound = model._bind(given)
         try:
             with torch.no_grad():
-                output = _carrying(bound["past_key_values"], lambda: inner(**bound))
+                output = _carrying(bound["past_key_values"], lambda: _run(model.chain, inner, bound))
             if throwaway:
                 output.past_key_values = None  # or generate() would go on with it
             return output

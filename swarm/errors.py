@@ -211,6 +211,12 @@ class SumLost(Refused):
     code = "sum-lost"
 
 
+class WeightsChanged(Refused):
+    """The peer's weights are others than when the session began: it has to begin anew."""
+
+    code = "weights-changed"
+
+
 class BeyondCache(Refused):
     """A step that does not fit into what the session leased, or leaves a gap before it."""
 

@@ -6,17 +6,21 @@ weights whatever else is in the same process, and all stages together those of a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from swarm.skeleton import Skeleton
+from swarm.skeleton import Skeleton, patching
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+_throwing = threading.Lock()
 
 
 @torch.no_grad()
@@ -27,7 +31,7 @@ def initialize(skeleton: Skeleton, ties: dict[str, str], seed: int, device: str 
         ties: of every weight here that is tied to one that was taken out, its name and the name of both.
     """
     top = skeleton.top
-    with torch.random.fork_rng(devices=[]):
+    with patching, own_dice():
         _fill(top, top, "", seed)
         top.tie_weights(recompute_mapping=False)
         for here, value in _lent(skeleton, ties, seed):
@@ -35,6 +39,13 @@ def initialize(skeleton: Skeleton, ties: dict[str, str], seed: int, device: str 
     for weight in top.parameters():
         weight.data = weight.data.to(device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or `Skeleton.settle` would begin anew
+
+
+@contextlib.contextmanager
+def own_dice() -> Iterator[None]:
+    """Throw torch's dice, which are the whole process's, without anybody else noticing."""
+    with _throwing, torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _fill(top: PreTrainedModel, module: nn.Module, path: str, seed: int) -> None:

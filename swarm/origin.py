@@ -6,11 +6,12 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swarm.assignments import Plan
 from swarm.checkpoint import Checkpoint, Progress, silent
 from swarm.errors import UsageError
 from swarm.hub import resolve
 from swarm.run import BYTES, Run
-from swarm.skeleton import num_blocks
+from swarm.skeleton import Skeleton, num_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,24 @@ def _check(run: Run, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
         raise UsageError(
             f"batch.sequence_length: {run.batch.sequence_length} is beyond the model's context of {context}"
         )
+
+
+def plan_of(run: Run, config: PreTrainedConfig) -> Plan:
+    """What the rounds have to know of a run."""
+    import torch
+
+    ties = Skeleton(config, torch.float32).top.all_tied_weights_keys
+    return Plan(
+        run=bytes.fromhex(run.id)[:16],
+        stages=len(run.stages),
+        samples=run.batch.target,
+        micro_batch=run.batch.micro,
+        tied=bool(ties) and len(run.stages) > 1,
+        clip=run.optimizer.clip_norm,
+        scaled=run.precision.compute == "float16",
+        robust=run.averaging.robust,
+        dtype=run.averaging.dtype,
+    )
 
 
 def stage_of(run: Run, config: PreTrainedConfig, index: int, device: str | torch.device = "cpu") -> TrainableStage:

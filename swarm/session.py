@@ -31,6 +31,7 @@ from swarm.errors import (
     SessionLost,
     Unreachable,
     UsageError,
+    WeightsChanged,
     from_wire,
 )
 from swarm.history import History, Piece
@@ -196,6 +197,8 @@ class Session:
                 full = Refused if self.length == 0 else NoRoom | Busy
                 if isinstance(last, full):
                     raise last from None  # why the last one said no tells more than that nobody else is left
+                raise
+            except WeightsChanged:  # whoever sends has to send something else
                 raise
             except RemoteError as error:
                 log.info("step failed session=%s error=%r peer=%s", self.key.hex()[:8], str(error), error.peer[-6:])

@@ -9,6 +9,7 @@ out, and transformers' own loader fills the rest: it knows how names and layouts
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +32,10 @@ _NOT_PER_BLOCK = frozenset({"architectures", "eos_token_id", "bos_token_id", "pa
 
 _COUNT_NAMES = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configs call the number of blocks. An encoder-decoder has two, of which the decoder's is meant."""
+
+
+patching = threading.RLock()
+"""Transformers patches itself and torch while it builds and loads a model, and two threads would undo each other's."""
 
 
 def num_blocks(config: PreTrainedConfig) -> int:
@@ -199,10 +204,10 @@ class Skeleton:
             weight_mapping=cast(Any, get_model_conversion_mapping(self.top)),
         )
         tensors = {name: _Lazy(read) for name, read in source.items()}
-        with without_progress_bars():
+        with patching, without_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.top, tensors, settings)
-        _refuse_damage(self.top, info, within)
-        self.top.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+            _refuse_damage(self.top, info, within)
+            self.top.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
 
     @torch.no_grad()
     def settle(self, device: str | torch.device) -> None:
@@ -217,7 +222,7 @@ class Skeleton:
         from transformers.initialization import guard_torch_init_functions
 
         waiting = [module for module in self.top.modules() if _unset_buffers(module, device)]
-        with guard_torch_init_functions():
+        with patching, guard_torch_init_functions():
             for module in waiting:
                 self.top._initialize_weights(module)
             if any(map(_has_unset, waiting)):
@@ -303,7 +308,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, mixin: type | None, dev
         found = type(found.__name__, (mixin, found), {"__module__": found.__module__})
     config = copy.deepcopy(config)
     config.dtype = dtype
-    with ExitStack() as stack:
+    with patching, ExitStack() as stack:
         for context in found.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         stack.enter_context(torch.device(device))

@@ -28,10 +28,10 @@ from torch import nn
 from swarm.blocks import StageModel
 from swarm.checkpoint import Checkpoint
 from swarm.errors import CannotCut
-from swarm.initial import initialize
+from swarm.initial import initialize, own_dice
 from swarm.run import IGNORED
 from swarm.shrink import shrink
-from swarm.skeleton import Skeleton, num_blocks
+from swarm.skeleton import Skeleton, num_blocks, patching
 from swarm.types import Span
 from swarm.verdict import examine, remembered
 
@@ -220,7 +220,7 @@ def examine_ends(config: PreTrainedConfig) -> Ends:
 def _try(config: PreTrainedConfig) -> Ends:
     examine(config)
     small = shrink(config)
-    with torch.random.fork_rng(devices=[]):
+    with patching, own_dice():
         whole = Skeleton(small, torch.float32, device="cpu")
     watch = _Watch(whole)
     whole.top.train(False)

@@ -70,6 +70,8 @@ class Trainer:
         self._lost: dict[int, list[str]] = {}
         self._reading = asyncio.Lock()  # samples are read in a thread, one micro-batch at a time
         self.under_way = 0
+        self._going_on = asyncio.Event()
+        self._going_on.set()
 
     @property
     def samples_of_round(self) -> int:
@@ -96,10 +98,11 @@ class Trainer:
         while True:
             deciding = asyncio.ensure_future(self._attendance.decided())
             try:
-                both: set[asyncio.Future[Any]] = {deciding, taking}
+                both: set[asyncio.Future[Any]] = {deciding, *({taking} if not taking.done() else ())}
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if not deciding.done():
-                    taking.result()
+                    taking.result()  # raises where it failed; where it has ended, all is taken that there was
+                    continue
                 decision = deciding.result()
             finally:
                 deciding.cancel()
@@ -150,8 +153,19 @@ class Trainer:
         """Run what is lent, as it is lent: how many at once is for the attendance to say."""
         async with asyncio.TaskGroup() as group:
             while True:
+                await self._going_on.wait()
                 round_, lent = await self._attendance.next()
+                if round_ >= self.run.rounds:
+                    return
                 group.create_task(self._run(round_, lent))
+
+    def pause(self) -> None:
+        """Begin no micro-batch until `resume`; what is under way goes on, and others may be lent what this one was."""
+        self._going_on.clear()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._going_on.set()
 
     async def _run(self, round_: int, lent: Lent) -> None:
         self.under_way += 1

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    get_scheduler,
 )
 
+from swarm.origin import byte_tokenizer, config_of, stage_of
 from swarm.run import Run, parse
 
 torch.set_num_threads(1)  # on matrices as small as these, several only wait for each other
@@ -117,3 +121,33 @@ def save_run(folder: Path, stages: tuple[str, ...] = ("0:4",), **options: Any) -
 def tokens(rows: int, count: int, vocabulary: int = 96, seed: int = 0) -> torch.Tensor:
     """Some tokens, [rows, count]."""
     return torch.randint(3, vocabulary, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def reference_curve(run: Run, rounds: int, samples: Callable[[int], torch.Tensor]) -> list[float]:
+    """One process with transformers and torch alone: all `samples` of a round at once, [target, N]."""
+    config = config_of(run, byte_tokenizer())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train(False)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for index in range(len(run.stages)):
+            stage = stage_of(run, config, index)
+            for name, value in stage.parameters().items():
+                weights[stage.tied.get(name, name)].copy_(value)
+    table = run.optimizer
+    decaying = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [{"params": decaying, "weight_decay": table.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, betas=table.betas, eps=table.epsilon)
+    schedule: Any = get_scheduler(run.schedule.name, optimizer, run.schedule.warmup_rounds, run.rounds)
+    losses = []
+    for round in range(rounds):
+        ids = samples(round)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), table.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_run, tokens
+from runs import reference_curve, small_run, tokens
 
 from peer.checkpoints import Checkpoints
 from peer.optimizer import Optimizer
@@ -43,6 +43,10 @@ def batch_of(run: Run, index: int, round: int = 0) -> torch.Tensor:
     return tokens(len(run.samples_of(index)), LENGTH, 259, seed=100 * round + index)
 
 
+def round_of(run: Run, round: int) -> torch.Tensor:
+    return torch.cat([batch_of(run, index, round) for index in range(run.micro_batches)])
+
+
 def through(stages: list[TrainingStage], index: int, round: int = 0) -> float:
     """One micro-batch forward and backward through all stages."""
     ids = batch_of(stages[0].run, index, round)
@@ -74,38 +78,6 @@ def whole_round(stages: list[TrainingStage], round: int = 0) -> float:
     return loss
 
 
-def reference_curve(run: Run, rounds: int) -> list[float]:
-    """One process with transformers and torch alone: the whole batch of a round at once."""
-    from transformers import AutoModelForCausalLM, get_scheduler
-
-    config = config_of(run, byte_tokenizer())
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.train(False)
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for index in range(len(run.stages)):
-            stage = stage_of(run, config, index)
-            for name, value in stage.parameters().items():
-                weights[stage.tied.get(name, name)].copy_(value)
-    table = run.optimizer
-    decaying = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": table.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, betas=table.betas, eps=table.epsilon)
-    schedule: Any = get_scheduler(run.schedule.name, optimizer, run.schedule.warmup_rounds, run.rounds)
-    losses = []
-    for round in range(rounds):
-        ids = torch.cat([batch_of(run, index, round) for index in range(run.micro_batches)])
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), table.clip_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "stages",
@@ -116,7 +88,7 @@ def test_the_loss_curve_is_that_of_one_process(stages: tuple[str, ...], tied: bo
     run = small_run(stages, tied=tied)
     members = stages_of(run)
     found = [whole_round(members, round) for round in range(8)]
-    assert found == pytest.approx(reference_curve(run, 8), abs=1e-4)
+    assert found == pytest.approx(reference_curve(run, 8, partial(round_of, run)), abs=1e-4)
 
 
 def test_both_ends_of_a_tied_embedding_stay_equal() -> None:
@@ -231,7 +203,7 @@ def test_bfloat16_learns() -> None:
     run = small_run(more='\n[precision]\ncompute = "bfloat16"\n')
     (member,) = stages_of(run)
     losses = [whole_round([member], 0 if round == 0 else round) for round in range(8)]
-    assert losses == pytest.approx(reference_curve(run, 8), abs=0.05)
+    assert losses == pytest.approx(reference_curve(run, 8, partial(round_of, run)), abs=0.05)
 
 
 def test_evaluating_counts_nothing() -> None:

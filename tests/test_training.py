@@ -1,0 +1,234 @@
+"""Training together: the loss curve is that of one process, whoever holds what and whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import reference_curve, run_text, small_run
+from training_swarm import TrainingSwarm, samples_of_rounds, train, training_swarm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swarm.errors import ModelDiverged, UsageError
+from swarm.metrics import Round
+from swarm.origin import byte_tokenizer
+from swarm.run import Run, parse
+from swarm.samples import Samples
+
+pytestmark = pytest.mark.slow
+
+TWO = ("0:2", "2:4")
+
+
+def expected(run: Run, rounds: int) -> list[float]:
+    return reference_curve(run, rounds, samples_of_rounds(run, Samples(run, byte_tokenizer())))
+
+
+def losses(rounds: list[Round]) -> list[float]:
+    return [ended.loss for ended in rounds]
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas"),
+    [(("0:4",), 1), (TWO, 1), (TWO, 2), (("0:4",), 3)],
+    ids=["1x1", "2x1", "2x2", "1x3"],
+)
+async def test_the_loss_curve_is_that_of_one_process(stages: tuple[str, ...], replicas: int, tmp_path: Path) -> None:
+    """Seven samples in micro-batches of two: the last is smaller, and of three replicas some have none in a round."""
+    run = small_run(stages, rounds=30, tied=True, micro=2 if replicas < 3 else 4)
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(*(swarm.member(stage) for stage in range(len(stages)) for _ in range(replicas)))
+        rounds = await train(await swarm.trainer())
+        assert [ended.outcome for ended in rounds] == ["commit"] * 30
+        assert max(map(abs, map(float.__sub__, losses(rounds), expected(run, 30)))) < 1e-4
+        digests = await swarm.digests()
+        by_stage = {node.settings.stage: digest for node, digest in zip(swarm.members, digests, strict=True)}
+        assert len(set(digests)) == len(by_stage) == len(stages)
+
+
+async def test_a_replica_dies_and_another_joins_and_the_curve_does_not_show_it(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=24, target=8)
+    async with training_swarm(run, tmp_path) as swarm:
+        members = await asyncio.gather(*(swarm.member(stage) for stage in (0, 0, 1, 1)))
+        trainer = await swarm.trainer()
+        rounds: list[Round] = []
+        joining: asyncio.Task[object] | None = None
+        async with asyncio.timeout(55.0):
+            async for ended in trainer.trainer.rounds():
+                rounds.append(ended)
+                if ended.round == 6:
+                    await swarm.kill(members[1])
+                if ended.round == 10:
+                    joining = asyncio.create_task(swarm.member(0))
+            assert joining is not None
+            await joining
+        assert losses(rounds) == pytest.approx(expected(run, 24), abs=1e-4)
+        digests = await swarm.digests()
+        assert len(set(digests)) == 2
+
+
+async def test_two_trainers_use_every_sample_once(tmp_path: Path) -> None:
+    run = small_run(rounds=12, target=8)
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(0)
+        both = await asyncio.gather(*(train(trainer) for trainer in [await swarm.trainer(), await swarm.trainer()]))
+        assert [len(rounds) for rounds in both] == [12, 12]
+        wanted = expected(run, 12)
+        for one, other, loss in zip(*both, wanted, strict=True):
+            assert one.samples + other.samples == 8
+            parts = [ended.loss * ended.samples for ended in (one, other) if ended.samples]
+            assert sum(parts) / 8 == pytest.approx(loss, abs=1e-4)
+
+
+async def test_a_run_whose_peers_all_died_is_resumed(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=12, more="\n[checkpoint]\nevery = 3\n")
+    wanted = expected(run, 12)
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0), swarm.member(1))
+        trainer = await swarm.trainer()
+        before: list[float] = []
+        async for ended in trainer.trainer.rounds():
+            before.append(ended.loss)
+            if ended.round == 7:
+                break
+        assert before == pytest.approx(wanted[:8], abs=1e-4)
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0, resume=True), swarm.member(1, resume=True))
+        rounds = await train(await swarm.trainer())
+    assert rounds[0].round == 6
+    assert losses(rounds) == pytest.approx(wanted[6:], abs=1e-4)
+
+
+async def test_what_was_trained_is_gathered_into_an_ordinary_folder(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=3, tied=True, more="\n[checkpoint]\nevery = 3\n")
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0), swarm.member(1))
+        trainer = await swarm.trainer()
+        await train(trainer)
+        await swarm.digests()
+        assert await trainer.gather(tmp_path / "model") == 3
+        samples = Samples(run, byte_tokenizer())
+        evaluated = await swarm_loss(swarm, samples.micro_batch(9, 0).ids)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(tokenizer) == 259
+    ids = samples.micro_batch(9, 0).ids
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(evaluated, rel=1e-5)
+
+    from swarm.trainshow import gather_saved
+
+    gather_saved(run, tmp_path / "checkpoints", tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, saved.get_parameter(name)), name
+
+
+async def swarm_loss(swarm: TrainingSwarm, ids: torch.Tensor) -> float:
+    """The mean loss as the run's stages have it now."""
+    from swarm.passing import EVALUATION, Parcel
+
+    trainer = swarm.trainers[0].trainer
+    route = trainer._route((), 0)
+    assert route is not None
+    return (await trainer._passing.send(Parcel(EVALUATION, 0, ids, ids), route)).loss / len(ids)
+
+
+async def test_a_run_is_used_while_it_is_trained(tmp_path: Path) -> None:
+    """A session notices that the weights have changed, and reads its text again with the new ones."""
+    run = small_run(TWO, rounds=200, tied=True, more="\n[sample]\nprompt = 'The '\ntokens = 24\n")
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0), swarm.member(1))
+        trainer = await swarm.trainer()
+        sampling: asyncio.Task[str] | None = None
+        seen: list[int] = []
+        async with asyncio.timeout(50.0):
+            async for ended in trainer.trainer.rounds():
+                if ended.round == 1:
+                    sampling = asyncio.create_task(trainer.sample())
+                if sampling is not None:
+                    seen.append(ended.round)
+                    if sampling.done():
+                        break
+            assert sampling is not None
+            text = await sampling
+        assert text.startswith("The ")
+        assert len(seen) > 1  # rounds went on meanwhile
+
+
+async def test_after_the_run_its_model_says_what_the_gathered_one_says(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=6, more="\n[sample]\nprompt = 'The '\ntokens = 12\n")
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0), swarm.member(1))
+        trainer = await swarm.trainer()
+        await train(trainer)
+        await swarm.digests()
+        text = await trainer.sample()
+        await trainer.gather(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("The ", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert text == tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+async def test_another_file_under_the_same_name_is_refused_with_the_field(tmp_path: Path) -> None:
+    run = small_run(rounds=2)
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(0)
+        other = parse(run_text(rounds=2).replace("learning_rate = 0.01", "learning_rate = 0.02"))
+        told = "optimizer.learning_rate is 0.01 there and 0.02 here"
+        with pytest.raises(UsageError, match=told):
+            await swarm.member(0, other)
+        with pytest.raises(UsageError, match=told):
+            await swarm.trainer(other)
+
+
+async def test_a_learning_rate_that_diverges_stops_the_run(tmp_path: Path) -> None:
+    text = run_text(rounds=40).replace("learning_rate = 0.01", "learning_rate = 1e30")
+    run = parse(text.replace("clip_norm = 1.0", "clip_norm = 0.0"))
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(0)
+        trainer = await swarm.trainer()
+        seen: list[Round] = []
+
+        async def watch() -> None:
+            async for ended in trainer.trainer.rounds():
+                seen.append(ended)  # noqa: PERF401 (what was seen before it raises is wanted)
+
+        with pytest.raises(ModelDiverged, match="no finite number"):
+            await asyncio.wait_for(watch(), 50.0)
+        assert {ended.outcome for ended in seen} == {"commit", "skip", "stop"}
+        assert not math.isfinite(seen[-1].loss)
+
+
+async def test_the_held_out_loss_is_taken_now_and_then(tmp_path: Path) -> None:
+    run = small_run(rounds=4, more="\n[data]\nheld_out = 6\n\n[evaluation]\nevery = 2\nsamples = 6\n")
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(0)
+        rounds = await train(await swarm.trainer())
+    assert [ended.evaluation is not None for ended in rounds] == [False, True, False, True]
+    assert all(3.0 < ended.evaluation < 7.0 for ended in rounds if ended.evaluation is not None)
+
+
+async def test_a_peer_takes_the_stage_that_the_fewest_hold(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=2)
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(1)
+        node = await swarm.member(None)
+        assert node.status().stage == 0
+        assert len(await train(await swarm.trainer())) == 2
+
+
+async def test_float16_with_a_scaled_loss_learns(tmp_path: Path) -> None:
+    more = '\n[precision]\ncompute = "float16"\ninitial_scale = 16777216.0\n'
+    run = small_run(TWO, rounds=14, more=more)
+    async with training_swarm(run, tmp_path) as swarm:
+        await asyncio.gather(swarm.member(0), swarm.member(1))
+        rounds = await train(await swarm.trainer())
+        digests = await swarm.digests()
+    assert len(set(digests)) == 2
+    assert rounds[-1].loss < rounds[0].loss
