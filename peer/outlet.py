@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from swarm.errors import Internal, RemoteError, ShoalError
+from swarm.errors import Internal, RemoteError, ShoalError, Unreachable
 from swarm.frames import Buffer
 from swarm.rpc import Link, Rpc
 from swarm.types import Address, PeerId
@@ -29,6 +29,7 @@ class Outlet:
         self.endpoint = endpoint
         self._rpc = rpc
         self._waiting: deque[tuple[Message, Sequence[Buffer], Failed]] = deque()
+        self._lost: Failed | None = None
 
     @classmethod
     async def open(cls, rpc: Rpc, endpoint: Endpoint) -> Outlet:
@@ -49,6 +50,20 @@ class Outlet:
             return False
         return True
 
+    def watch(self, lost: Failed) -> None:
+        """Have `lost` told where the connection breaks: what was sent over it may never have come."""
+        self._lost = lost
+        self.link.watch(self._broke)
+
+    def close(self) -> None:
+        """Nobody is to hear of it any more."""
+        self._lost = None
+        self.link.unwatch(self._broke)
+
+    def _broke(self, link: Link) -> None:
+        if self._lost is not None:
+            self._lost(Unreachable(f"the connection to {self.peer[-6:]} was lost: {link.error}", self.peer))
+
     def send(self, message: Message, body: Sequence[Buffer], failed: Failed) -> None:
         """At once, or in the background after what waits already; `failed` is told if it cannot be sent."""
         if not self._waiting and self.link.error is None and self.link.try_notify(message, body):
@@ -63,6 +78,8 @@ class Outlet:
             try:
                 if self.link.error is not None and self.endpoint is not None:
                     self.link = await _dial(self._rpc, self.endpoint)
+                    if self._lost is not None:
+                        self.link.watch(self._broke)
                 await self.link.notify(message, body)
             except ShoalError as error:
                 log.info("cannot send to=%s error=%r", self.peer[-6:], str(error))

@@ -61,8 +61,10 @@ class ServedSession:
         self.returning: list[Work] = []  # steps that wait for what the session holds to come back to the pool
         self.outdated = False
         self._rpc = rpc
+        self._end = state.model.span.end
         self._spares: dict[PeerId, Spare] = {}
-        self._told: Mark | None = None  # how far the next hop was told while it was a spare
+        self._told: Spare | None = None  # what the next hop was until now, and told
+        self._failed: Failed | None = None  # hears where what was passed on last may not have come
         self._feeding: asyncio.TimerHandle | None = None
         self._answering = 0, 0  # epoch and number of the step that is answered
         self._answer: list[torch.Tensor] = []  # what the client wants of the step that is run in pieces
@@ -79,17 +81,21 @@ class ServedSession:
 
     async def set_next(self, endpoint: wire.Endpoint | None) -> None:
         """Who runs the following blocks from now on. Raises `Unreachable` or `WrongKey`."""
-        if endpoint is None:
-            self.next = None
-        elif (spare := self._spares.get(PeerId(endpoint.peer))) is not None:
-            self.next, self._told = spare.outlet, spare.mark
-        elif self.next is None or self.next.endpoint != endpoint:
-            self.next, self._told = await self.dial(endpoint), None
-        elif not await self.next.answers(ECHO_SECONDS):
-            self.next, self._told = await self.dial(endpoint, REDIAL_SECONDS), None
-        else:
+        same = self.next is not None and endpoint == self.next.endpoint
+        if self.next is not None and same and await self.next.answers(ECHO_SECONDS):
             return
+        outlet: Outlet | None = None
+        told: Spare | None = None
+        if endpoint is not None and (spare := self._spares.get(PeerId(endpoint.peer))) is not None:
+            outlet, told = spare.outlet, spare
+        elif endpoint is not None:
+            outlet = await self.dial(endpoint, REDIAL_SECONDS if same else DIAL_SECONDS)
+        if self.next is not None:
+            self.next.close()
+        self.next, self._told = outlet, told
         self._spares.clear()
+        if outlet is not None:
+            outlet.watch(self._lost_next)
 
     async def dial(self, endpoint: wire.Endpoint, seconds: float = DIAL_SECONDS) -> Outlet:
         """The way to another peer. Raises `Unreachable` or `WrongKey`."""
@@ -106,12 +112,18 @@ class ServedSession:
 
         `failed` hears where that cannot be.
         """
+        self._failed = failed
         if self.next is not None:
             onward, replay = replace(step, hidden=output), max(message.replay - 1, 0)
-            header, body = step_message(self.key, message.epoch, message.keep, onward, replay, more)
+            header, body = step_message(self.key, message.epoch, self._end, message.keep, onward, replay, more)
             self.next.send(header, body, failed)
         elif not message.replay:
             self._answer_client(message, output, more)
+
+    def _lost_next(self, error: RemoteError) -> None:
+        """The client is told at once, rather than finding out by its deadline."""
+        if self._failed is not None:
+            self._failed(error)
 
     def _answer_client(self, message: wire.Step, output: torch.Tensor, more: bool) -> None:
         """Tell the client, once the last piece is there."""
@@ -165,8 +177,10 @@ class ServedSession:
         if self.next is None or history is None or history.length < message.end:
             raise Forgotten(f"{history.length if history else 0} of {message.end} positions are kept")
         self.epoch = max(self.epoch, message.epoch)
-        mark, self._told = self._told or Mark(message.number, message.length), None
-        self._update(Spare(self.next, message.hops, mark), history, message.end, failed)
+        spare, self._told = self._told, None
+        if spare is None or spare.hops != message.hops:
+            spare = Spare(self.next, message.hops, Mark(message.number, message.length))
+        self._update(spare, history, message.end, failed)
 
     def feed(self, outlet: Outlet, hops: int) -> None:
         """From now on, tell a spare too. Raises `Forgotten`."""
@@ -181,17 +195,18 @@ class ServedSession:
         if self.history is None:
             self._spares.clear()
             return
-        for spare in self._spares.values():
-            self._update(spare, self.history, self.history.length, self._lost_spare(spare))
+        for peer, spare in self._spares.items():
+            self._update(spare, self.history, self.history.length, self._dropping(peer))
 
-    def _lost_spare(self, spare: Spare) -> Failed:
-        """A spare that missed something can follow no more; the client sees to another."""
+    def drop_spare(self, peer: PeerId) -> bool:
+        """If `peer` is a spare, tell it no more: it missed something, or has another part in the session now."""
+        return self._spares.pop(peer, None) is not None
 
-        def lost(error: RemoteError) -> None:
-            if self._spares.get(spare.outlet.peer) is spare:
-                del self._spares[spare.outlet.peer]
+    def _dropping(self, peer: PeerId) -> Failed:
+        def drop(error: RemoteError) -> None:
+            self.drop_spare(peer)
 
-        return lost
+        return drop
 
     def _update(self, spare: Spare, history: History, end: int, failed: Failed) -> None:
         for piece in history.update(spare.mark, end, REPLAY_POSITIONS):
@@ -204,12 +219,14 @@ class ServedSession:
                 piece.mask,
                 since=spare.mark.number,
             )
-            header, body = step_message(self.key, self.epoch, 0, step, spare.hops)
+            header, body = step_message(self.key, self.epoch, self._end, 0, step, spare.hops)
             spare.outlet.send(header, body, failed)
         spare.mark = history.mark
 
     def close(self) -> None:
         """It is over."""
+        if self.next is not None:
+            self.next.close()
         if self._feeding is not None:
             self._feeding.cancel()
         self._spares.clear()
@@ -223,7 +240,7 @@ def unheard(error: RemoteError) -> None:
 
 
 def step_message(
-    key: bytes, epoch: int, keep: int, step: StepInput, replay: int = 0, more: bool = False
+    key: bytes, epoch: int, block: int, keep: int, step: StepInput, replay: int = 0, more: bool = False
 ) -> tuple[wire.Step, Sequence[Buffer]]:
     """A step as it goes to the next hop."""
     extras = [extra for extra in (step.position_ids, step.mask) if extra is not None]
@@ -240,6 +257,7 @@ def step_message(
         replay,
         more,
         step.since or 0,
+        block,
     )
     return header, tensors.encode([step.hidden, *extras])
 

@@ -245,7 +245,7 @@ class Server:
             self._check_room(session, message)
             step = step_input(message, body)
         except RemoteError as error:
-            self._refuse(session.client.link, message, _blamed(error, link, session))
+            self._refuse(_asker(link, message, session), message, _blamed(error, link, session))
             return
         self._leases.stepped(session.key, self._clock())
         if not self._engine.waiting(session.key) and (kept := session.kept_output(message)) is not None:
@@ -296,6 +296,8 @@ class Server:
         if self._engine.waiting(session.key) + session.outward >= MAX_WAITING_STEPS:
             raise Busy(f"more than {MAX_WAITING_STEPS} steps of one session wait")
         state = session.state
+        if message.block != state.model.span.start:
+            raise UnknownSession(f"a step for block {message.block}; the session has blocks {state.model.span} here")
         if len(message.hidden.shape) != 3 or 0 in message.hidden.shape:
             raise BadTensor(f"hidden states of shape {message.hidden.shape}; [B, N, H] are taken")
         rows, count, _ = message.hidden.shape
@@ -309,7 +311,8 @@ class Server:
         if self._sessions.get(session.key) is not session:
             return
         if isinstance(outcome, Exception):
-            self._refuse(session.client.link, message, _blamed(outcome, receipt.link, session))
+            asker = _asker(receipt.link, message, session)
+            self._refuse(asker, message, _blamed(outcome, receipt.link, session))
             return
         if message.replay != 1:
             more = message.more or not piece.is_last
@@ -391,9 +394,16 @@ class Server:
         link.tell(wire.StepFailed(key, epoch, number, peer, code, text[:2048]))
 
     def _failed_downstream(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
-        """The next hop does not know the session's client; we do."""
+        """The next hop does not know the session's client, or a spare can follow no more; we tell the client."""
         if (session := self._sessions.get(SessionId(message.session))) is not None:
+            if session.drop_spare(link.peer):  # which has nothing to do with the step under way
+                message = wire.StepFailed(message.session, 0, 0, link.peer, message.code, message.message)
             session.client.send(message, (), unheard)
+
+
+def _asker(link: Link, message: wire.Step, session: ServedSession) -> Link:
+    """Who is to know that a step failed: of a replayed one, whoever replays it."""
+    return link if message.replay else session.client.link
 
 
 def _was_given_up(work: Work) -> bool:

@@ -71,6 +71,12 @@ class Lane:
         self._bytes += len(message.body)
         self._schedule()
 
+    def clear(self) -> None:
+        """What is under way is lost."""
+        self._queue.clear()
+        self._bytes = 0
+        self._schedule()
+
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

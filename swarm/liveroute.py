@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from swarm import wire
 from swarm.blame import Blame
 from swarm.errors import DeadlineExceeded, Forgotten, NoRoute, RemoteError
-from swarm.history import History, Piece
+from swarm.history import History, Mark, Piece
 from swarm.pace import Pace
 from swarm.place import Place, step_header
 from swarm.rpc import Link, Rpc
@@ -177,20 +177,23 @@ class LiveRoute:
         return True
 
     async def _replace(self, start: int, end: int) -> None:
-        failed = self.places[start:end]
-        if (spares := _spares_of(failed)) is not None:
-            self._put(start, end, spares)
-            return
+        failed, others = self.places[start:end], [*self.places[:start], *self.places[end:]]
         span = Span(failed[0].hop.span.start, failed[-1].hop.span.end)
-        others = {place.peer for place in (*self.places[:start], *self.places[end:])}
-        route = await self.find_others(span, others, self.neighbours(start, end))
-        self._put(start, end, [Place(hop) for hop in route])
+        taken = {place.peer for place in others}
+        if (spares := _spares_of(failed, taken)) is None:
+            following = {each.peer for place in others for each in place.followers()}
+            route = await self.find_others(span, taken, self.neighbours(start, end), following)
+            spares = [Place(hop) for hop in route]
+        self._put(start, end, spares)
 
-    async def find_others(self, span: Span, others: set[PeerId], neighbours: Neighbours) -> Route:
-        """Hosts of `span` that are none of `others`, without waiting for any. Raises `NoRoute`."""
+    async def find_others(
+        self, span: Span, taken: set[PeerId], neighbours: Neighbours, rather_not: Collection[PeerId] = ()
+    ) -> Route:
+        """Hosts of `span` that are none of `taken`, without waiting for any. Raises `NoRoute`."""
 
         def shunned() -> Shunned:
-            return Shunned(*(each | others for each in self.shunned()))
+            rather, now, ever = (each | taken for each in self.shunned())
+            return Shunned(rather | set(rather_not), now, ever)
 
         return await self._find(span, shunned, -math.inf, neighbours)
 
@@ -200,27 +203,42 @@ class LiveRoute:
         return Neighbours(self.places[start - 1].peer if start else None, after)
 
     def _put(self, start: int, end: int, places: list[Place]) -> None:
+        """Give these places to others. A peer has one part in a session: who was a spare elsewhere is none any more."""
         log.info("failover session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])
-        for place in self.places[end : end + 1]:  # whoever fed its spares is gone
-            self.dismiss_spares(place)
-        for place in self.places[start:end]:
-            place.spares = [spare for spare in place.spares if spare[0] not in places]
-            self.dismiss(place)
+        before = self.places[start:end]
         self.places[start:end] = places
         self.failovers += 1
+        for place in self.places[start + len(places) :][:1]:  # whoever fed its spares is gone
+            self.dismiss_spares(place)
+        for place in before:
+            place.spares = [spare for spare in place.spares if spare[0] not in places]
+            self.dismiss(place)
+        for peer in [place.peer for place in places]:
+            self.drop_spare(peer)
+
+    def drop_spare(self, peer: str) -> bool:
+        """If `peer` is a spare, or a part of one, it is none any more."""
+        for place in self.places:
+            for spare in place.spares:
+                if any(each.peer == peer for each in spare):
+                    place.spares.remove(spare)
+                    for each in spare:
+                        self.dismiss(each)
+                    return True
+        return False
 
     def _adopt(self, route: Route) -> None:
         """Go over to another route; who has the same part of it as before keeps what it holds."""
         same = {(place.peer, place.hop.span): place for place in self.places if not place.failed}
-        places = [same.get((hop.peer, hop.span)) or Place(hop) for hop in route]
-        for place in self.places:
-            self.dismiss_spares(place)
-            if place not in places:
-                self.dismiss(place)
-        if self.places:
-            log.info("another route session=%s to=%s", self.key.hex()[:8], [str(place) for place in places])
+        before, self.places = self.places, [same.get((hop.peer, hop.span)) or Place(hop) for hop in route]
+        if before:
+            log.info("another route session=%s to=%s", self.key.hex()[:8], self)
             self.failovers += 1
-        self.places = places
+        for place in before:
+            if place in self.places:
+                self.dismiss_spares(place)
+            else:
+                self.dismiss(place)
 
     def dismiss_spares(self, place: Place) -> None:
         """Nobody follows it any more."""
@@ -229,8 +247,11 @@ class LiveRoute:
         place.spares = []
 
     def dismiss(self, place: Place) -> None:
-        """Its peer has nothing more to do with the session."""
+        """Its peer has nothing more to do with the session; if it has another part in it, it is told that again."""
         self.dismiss_spares(place)
+        if (other := self.place_of(place.peer)) is not None and other is not place:
+            other.open = False
+            return
         if place.link is not None:
             place.link.unwatch(self._lost)
         self._rpc.tell(place.peer, wire.CloseSession(self.key))
@@ -281,21 +302,23 @@ class LiveRoute:
 
     async def _replay_from(self, source: int, end: int, position: int, history: History) -> None:
         """Replay to the places after `source`, up to `end`. -1 is ourselves: we have everything."""
-        hops, first = end - source - 1, self.places[source + 1]
+        through = self.places[source + 1 : end]
+        marks = {place.mark for place in through}
+        mark = marks.pop() if len(marks) == 1 else Mark()  # who is not just there takes it only from the start
         self.replayed = max(self.replayed, position)
         if source >= 0:
-            message = wire.Replay(self.key, self.epoch, first.mark.number, first.mark.length, position, hops)
+            message = wire.Replay(self.key, self.epoch, *mark, position, len(through))
             await self.places[source].call(message, self.pace.patience(position) + REPLAY_SECONDS)
             return
         number = history.number
-        for piece in list(history.update(first.mark, position, REPLAY_POSITIONS)):
-            await self.send(first, number, piece, replay=hops, since=first.mark.number)
+        for piece in list(history.update(mark, position, REPLAY_POSITIONS)):
+            await self.send(through[0], number, piece, replay=len(through), since=mark.number)
 
     async def send(
         self, first: Place, number: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
     ) -> None:
         """Send a step to the peer at a place. Raises `Unreachable` or `DeadlineExceeded`."""
-        header = step_header(self.key, self.epoch, number, piece, keep, replay, since)
+        header = step_header(self.key, self.epoch, number, first.hop.span.start, piece, keep, replay, since)
         await first.send(header, piece, self.pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1]))
 
     # --- living and ending -----------------------------------------------------------------------------------------
@@ -373,11 +396,11 @@ def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _spares_of(failed: Sequence[Place]) -> list[Place] | None:
+def _spares_of(failed: Sequence[Place], taken: set[PeerId]) -> list[Place] | None:
     """Places that can take over from all of `failed` at once, None where one of them has no living spare."""
     found: list[Place] = []
     for place in failed:
-        living = [spare for spare in place.spares if all(each.lives for each in spare)]
+        living = [spare for spare in place.spares if all(each.lives and each.peer not in taken for each in spare)]
         if not living:
             return None
         found += living[0]

@@ -87,6 +87,14 @@ class LoopbackNetwork:
             transport.end()
         self.resume(peer)
 
+    def disconnect(self, one: PeerId, other: PeerId) -> None:
+        """Break the connections between two that both live; what is under way is lost."""
+        self.note("disconnect", one, other)
+        for transport in self._transports:
+            for connection in list(transport.connections):
+                if {transport.peer, connection.peer} == {one, other}:
+                    connection.abort()
+
     def stall(self, peer: PeerId) -> None:
         """Stop the process of `peer`, as SIGSTOP does: the world waits for it, and does not notice."""
         self.note("stall", peer)
@@ -406,6 +414,12 @@ class LoopbackConnection:
         latency = self.network.latency(self._transport.peer, self.peer)
         self._small.put(Message(b"", b"", there), latency)
         self._fail(error or Unreachable("the connection was closed", self.peer))
+
+    def abort(self) -> None:
+        """Let both ends break."""
+        self._small.clear()
+        self._large.clear()
+        self._fail(Unreachable("the connection was reset", self.peer))
 
     def _fail(self, error: RemoteError) -> None:
         if self._error is not None:

@@ -106,7 +106,7 @@ class Place:
 
 
 def step_header(
-    key: SessionId, epoch: int, number: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
+    key: SessionId, epoch: int, number: int, block: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
 ) -> wire.Step:
     """What is said of a step beside its tensors."""
     ids, mask = piece.position_ids, piece.mask
@@ -122,4 +122,5 @@ def step_header(
         None if mask is None else tensors.spec_of(mask),
         replay,
         since=since,
+        block=block,
     )

@@ -42,7 +42,7 @@ from swarm.types import ModelId, PeerId, Route, SessionId, Span
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 64  # of one step: an end to what would otherwise go on for ever
+MAX_ATTEMPTS = 1000  # of one step: an end to what would otherwise go on for ever
 
 
 @dataclass(slots=True)
@@ -253,7 +253,7 @@ class Session:
     # --- what comes in ---------------------------------------------------------------------------------------------
 
     def _lost(self, link: Link) -> None:
-        if not self._standby.lost(link.peer):
+        if not self._live.drop_spare(link.peer):
             self._fail(Unreachable(f"the connection to {link.peer} was lost: {link.error}"))
 
     def heard(self, link: Link, message: wire.Output, body: memoryview) -> None:
@@ -273,7 +273,7 @@ class Session:
 
     def told(self, link: Link, message: wire.StepFailed) -> None:
         """A hop told us that it, or another, could not do its part."""
-        if self._standby.lost(message.peer):
+        if self._live.drop_spare(message.peer):
             return
         if self._waiting is not None and message.epoch == self._waiting.epoch and self._live.place_of(link.peer):
             error = from_wire(message.code, message.message, message.peer)

@@ -83,8 +83,9 @@ class Standby:
                 first = spare[0].hop
                 endpoint = wire.Endpoint(first.peer, [(a.host, a.port) for a in first.addresses])
                 await before.call(wire.Feed(live.key, endpoint, len(spare)), FEED_TIMEOUT)
-            if self._around(place) != (before, after):  # while we were at it
-                raise NoRoute("the route has changed")
+            taken = {each.peer for one in live.places for each in (one, *one.followers())}
+            if self._around(place) != (before, after) or not taken.isdisjoint(each.peer for each in spare):
+                raise NoRoute("the route has changed")  # while we were at it
         except BaseException:
             for each in spare:
                 live.dismiss(each)
@@ -114,18 +115,7 @@ class Standby:
                 for piece in pieces:
                     await self._live.send(first, number, piece, replay=len(spare), since=since)
             except RemoteError:
-                self.lost(first.peer)
-
-    def lost(self, peer: str) -> bool:
-        """If `peer` is a spare: it has gone, or missed something and can follow no more."""
-        for place in self._live.places:
-            for spare in place.spares:
-                if any(each.peer == peer for each in spare):
-                    place.spares.remove(spare)
-                    for each in spare:
-                        self._live.dismiss(each)
-                    return True
-        return False
+                self._live.drop_spare(first.peer)
 
     async def replace(self, peer: PeerId) -> None:
         """Have a spare at the place of `peer` that has caught up, as far as one can be had."""

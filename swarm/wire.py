@@ -173,6 +173,7 @@ class Step(Message, tag="step"):
     replay: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     more: bool = False
     since: Count = 0  # where it is replayed
+    block: Block = 0  # the first that is to be run: whoever has another part of the session refuses
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of the body, in their order."""

@@ -47,7 +47,7 @@ class Schedule:
         chance.shuffle(order)
         self.healthy = {order.index(index) for index in range(hops)}  # the peers that nothing bad happens to for long
         names = [str(spans[index]) for index in order]
-        self.swarm: VirtualSwarm = swarm_of(len(names), spans=names, seed=seed, **options)
+        self.swarm: VirtualSwarm = swarm_of(len(names), blocks, seed, spans=names, **options)
         self.clients = [self._client() for _ in range(chance.choice((1, 1, 2)))]
         self._steps = self.clients[0].decoding.tokens
         self._nuisances()
@@ -71,9 +71,9 @@ class Schedule:
         return Client(decoding, standby=chance.choice((0, 0, 1, 2)), wait=WAIT)
 
     def _nuisances(self) -> None:
-        for nuisance in (self.swarm.drop, self.swarm.duplicate, self.swarm.reorder):
+        for nuisance, most in ((self.swarm.drop, 0.01), (self.swarm.duplicate, 0.05), (self.swarm.reorder, 0.05)):
             if self.chance.random() < 0.2:
-                nuisance(self.chance.choice((0.01, 0.03)))
+                nuisance(self.chance.choice((0.2, 1.0)) * most)
 
     def _fault(self) -> None:
         """One that lasts, at a peer that may be lost; or one that passes, at any."""
@@ -109,7 +109,7 @@ class Schedule:
         elif kind == "drain":
             swarm.drain(peer, **when)
         else:
-            swarm.disconnect(anyone, **when)
+            swarm.disconnect(anyone, chance.choice([-1, *(p for p in range(len(swarm.spans)) if p != anyone)]), **when)
 
     def _doom(self) -> None:
         """Let all hosts of one block die for good."""

@@ -79,7 +79,11 @@ class VirtualExecutor:
                 result = work()
             except Exception as failure:  # noqa: BLE001 (as the real one)
                 error = failure
-            await asyncio.sleep(_seconds(result) * self._network.slowness(self._peer))
+            seconds = _seconds(result) * self._network.slowness(self._peer)
+            await asyncio.sleep(seconds)
+            result = (
+                (result[0], seconds, *result[2:]) if isinstance(result, tuple) else result
+            )  # as its clock would say
             await self._network.running(self._peer)
             done(result, error)
         self._task = None
@@ -253,12 +257,13 @@ class VirtualSwarm:
         spans: Sequence[Span],
         seed: int = 0,
         *,
+        blocks: int = 0,
         latency: float = 0.005,
         cache_tokens: int = 20_000,
         load: Load = ArithmeticModel,
     ) -> None:
         self.spans = list(spans)
-        self.blocks = max(span.end for span in spans)
+        self.blocks = blocks or max(span.end for span in spans)
         self.cache_tokens = cache_tokens
         self.load = load
         self.peers: dict[int, VirtualPeer] = {}
@@ -338,15 +343,17 @@ class VirtualSwarm:
 
         return self._add(f"drain {peer}", lambda swarm: swarm._spawn(leave(swarm)), at_step, after)
 
-    def disconnect(self, peer: int, at_step: int = 0, *, after: float = 0.0) -> VirtualSwarm:
-        """The first client's connection to it breaks; both live."""
+    def disconnect(self, a: int, b: int = CLIENT, at_step: int = 0, *, after: float = 0.0) -> VirtualSwarm:
+        """The connections between them break; both live."""
 
         def cut(swarm: VirtualSwarm) -> None:
-            for connection in list(swarm.clients[0].rpc._transport.connections):  # type: ignore[attr-defined]
-                if connection.peer == peer_name(peer):
-                    connection.close()
+            swarm.network.disconnect(peer_name(a), peer_name(b))
 
-        return self._add(f"disconnect {peer}", cut, at_step, after)
+        return self._add(f"disconnect {a} {b}", cut, at_step, after)
+
+    def do(self, what: Callable[[VirtualSwarm], None], at_step: int = 0, *, after: float = 0.0) -> VirtualSwarm:
+        """Anything else."""
+        return self._add(what.__name__, what, at_step, after)
 
     def _add(self, name: str, what: Callable[[VirtualSwarm], None], at_step: int, after: float = 0.0) -> VirtualSwarm:
         if after < 1e5:
@@ -457,7 +464,7 @@ def swarm_of(count: int, blocks: int = 6, seed: int = 0, **options: Any) -> Virt
         edges = [blocks * i // 3 for i in range(4)]
         spans = [f"{edges[i % 3]}:{edges[i % 3 + 1]}" for i in range(count)]
     assert len(spans) == count
-    return VirtualSwarm([Span(*map(int, span.split(":"))) for span in spans], seed, **options)
+    return VirtualSwarm([Span(*map(int, span.split(":"))) for span in spans], seed, blocks=blocks, **options)
 
 
 @contextmanager
