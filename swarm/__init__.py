@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swarm.client import SwarmCache, SwarmModelForCausalLM
+    from swarm.client import SwarmModelForCausalLM
+    from swarm.swarm_cache import SwarmCache
 
 __version__ = "0.1.0"
 __all__ = ["SwarmCache", "SwarmModelForCausalLM", "__version__"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.caches import LengthCache, SessionCache
+from swarm.caches import SessionCache
 from swarm.checkpoint import Checkpoint
 from swarm.decoding import SpeculatingMixin
 from swarm.drafting import load_draft_model
@@ -26,9 +25,10 @@ from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
 from swarm.network import Network, Quantized, Waiting, warn_quantized
 from swarm.precision import Precision
-from swarm.session import Session, StepMeta
-from swarm.speculation import Speculate, Tuner
-from swarm.types import ModelId, Route, Span
+from swarm.session import StepMeta
+from swarm.speculation import Speculate
+from swarm.swarm_cache import SwarmCache
+from swarm.types import ModelId, Span
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -36,92 +36,6 @@ if TYPE_CHECKING:
 
 
 MAX_RESTARTS = 32  # of one forward, while a run goes on
-
-
-class SwarmCache(LengthCache):
-    """The client's side of one session: made by `generate()`, or by hand to go on where the last call ended.
-
-    Attributes:
-        max_length: positions to lease when the session opens; it grows where that is not enough.
-        session: None until the first forward.
-        tuner: what the session's trips cost and what drafts were worth, and how many tokens they brought.
-    """
-
-    is_compileable = False
-
-    def __init__(self, max_length: int = 0) -> None:
-        super().__init__()
-        self.max_length = max_length
-        self.session: Session | None = None
-        self.tuner = Tuner()
-        self.rows: list[int] | None = None  # which earlier rows the next step's rows continue
-        self.padded = False  # whether some position was masked out
-        self._inputs: list[torch.Tensor] = []  # the token ids that were run, [B, N] each
-        self._finalizer: weakref.finalize[..., Any] | None = None
-
-    @property
-    def route(self) -> Route | None:
-        """The peers that hold the session."""
-        return self.session.route if self.session else None
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i continues what was row `beam_idx[i]`."""
-        rows: list[int] = beam_idx.tolist()
-        self.rows = rows if self.rows is None else [self.rows[row] for row in rows]
-        if (tokens := self.tokens) is not None:
-            self._inputs = [tokens[beam_idx.to(tokens.device)]]
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.length:
-            raise UsageError("the rows of a session that has begun cannot be multiplied")
-
-    def crop(self, max_length: int) -> None:
-        """Forget all but `max_length` positions or, where it is negative, so many of the last."""
-        self.length = min(self.length, max_length) if max_length > 0 else max(0, self.length + max_length)
-        if (tokens := self.tokens) is not None:
-            self._inputs = [tokens[:, : self.length]]
-
-    def reset(self) -> None:
-        self.crop(-self.length)
-
-    def close(self) -> None:
-        """Give the leases back. What was cached is gone; garbage collection does the same."""
-        if self._finalizer is not None:
-            self._finalizer()
-
-    def restart(self) -> torch.Tensor | None:
-        """Begin a new session; returns the token ids that the old one was given, which are to be run again."""
-        tokens = self.tokens
-        self.close()
-        self.session, self.length, self.rows, self.padded, self._inputs = None, 0, None, False, []
-        return tokens
-
-    def note(self, input_ids: torch.Tensor | None) -> None:
-        """Keep the token ids of a forward, so that an error can carry what was generated before it."""
-        if input_ids is not None:
-            self._inputs.append(input_ids)
-
-    @property
-    def tokens(self) -> torch.Tensor | None:
-        """The token ids that this session was given, [B, N]: None where it was given embeddings, or rows have moved."""
-        if not self._inputs or len({len(ids) for ids in self._inputs}) > 1:
-            return None
-        return torch.cat(self._inputs, dim=1)
-
-    def bind(self, session: Session, background: BackgroundLoop) -> None:
-        """From now on `session` is this cache's, and ends with it."""
-        self.session = session
-        self._finalizer = weakref.finalize(self, _close_session, session, background)
-
-    def __repr__(self) -> str:
-        return f"<SwarmCache at {self.length} session={self.session}>"
-
-
-def _close_session(session: Session, background: BackgroundLoop) -> None:
-    background.post(session.close())
 
 
 class _Call(threading.local):
@@ -271,9 +185,7 @@ class SwarmMixin(SpeculatingMixin):
         if cache is None:
             cache = SwarmCache()
         elif not isinstance(cache, SwarmCache):
-            raise UsageError(
-                f"past_key_values is a {type(cache).__name__}; pass what an earlier call returned, or none"
-            )
+            raise UsageError(f"past_key_values is a {type(cache).__name__}; pass a SwarmCache, new or used, or none")
         call = self.chain.call
         call.cache = cache
         call.attention_mask = given.get("attention_mask")
@@ -282,6 +194,25 @@ class SwarmMixin(SpeculatingMixin):
         cache.note(given.get("input_ids"))
         call.keep = keep if isinstance(keep, int) and not given.get("output_hidden_states") else 0
         return {**given, "past_key_values": cache}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, and more than it where the swarm knows better.
+
+        A cache that holds another text than the one that is given goes back to where the two part (as in a chat whose
+        answers were decoded and encoded again); and a streamer is told that it is over where an error is all that
+        comes, or whoever reads from it would wait for ever.
+        """
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(cache, SwarmCache) and ids is not None and (mask is None or mask.shape == ids.shape):
+            cache.keep_beginning(ids, self.rewindable)
+        whole: Any = super().generate  # type: ignore[misc]
+        try:
+            return whole(*args, **kwargs)
+        except ShoalError:
+            if (streamer := kwargs.get("streamer")) is not None:
+                streamer.end()
+            raise
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
@@ -328,8 +259,8 @@ class SwarmModelForCausalLM:
         cls,
         name: str | Path,
         *,
-        initial_peers: Sequence[str],
-        dtype: torch.dtype = torch.float32,
+        initial_peers: str | Sequence[str],
+        dtype: torch.dtype | str = torch.float32,
         device: str = "cpu",
         wait: float = 0.0,
         failover_wait: float = 10.0,
@@ -343,8 +274,8 @@ class SwarmModelForCausalLM:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
 
         Args:
-            initial_peers: addresses of any peers of the swarm, as `peer serve` prints them.
-            dtype: what the embeddings and the head compute in; the peers' own is in their offers.
+            initial_peers: addresses of any peers of the swarm, as `peer serve` prints them; in one string, too.
+            dtype: what the embeddings and the head compute in, or its name; the peers' own is in their offers.
             wait: seconds to wait for blocks that nobody hosts, before `NoRoute` is raised.
             failover_wait: the same, in the middle of an answer whose host has gone; at least `wait`.
             standby: how many spares follow at each hop, so that a failover costs no prefill.
@@ -361,15 +292,18 @@ class SwarmModelForCausalLM:
         Raises:
             ModelNotFound, ModelCorrupt, CannotCut: the model cannot be had or cannot be cut.
             CannotJoin: none of the initial peers can be reached.
-            UsageError: `speculate` is none of these, or NAME reads another tokenizer's tokens.
+            UsageError: `speculate` is none of these, NAME reads another tokenizer's tokens, or `dtype` is no dtype.
         """
+        peers = initial_peers.replace(",", " ").split() if isinstance(initial_peers, str) else list(initial_peers)
+        if not isinstance(dtype, torch.dtype):
+            dtype = _dtype_named(dtype)
         drafts = Speculate.parse(speculate)
         precision = _precision(exact, mix)
         folder = resolve(str(name))
         checkpoint = Checkpoint(folder)
         background = BackgroundLoop()
         try:
-            network = background.run(Network.start(list(initial_peers)))
+            network = background.run(Network.start(peers))
             background.at_close(network.close)
             waiting = Waiting(wait, failover_wait, on_missing)
             chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
@@ -397,6 +331,13 @@ def _precision(exact: bool, mix: bool) -> Precision:
     if exact and mix:
         raise UsageError("exact peers alone, or a mix of any: not both")
     return Precision.EXACT if exact else Precision.ANY if mix else Precision.STEADY
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"dtype: {name!r} is none to compute in; float32, bfloat16 and float16 are")
+    return found
 
 
 def _carrying(cache: SwarmCache, run: Callable[[], Any]) -> Any:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm.client import SwarmCache, context_of
+from swarm.client import context_of
 from swarm.errors import UsageError
 from swarm.hub import resolve
 from swarm.speculation import Counts
+from swarm.swarm_cache import SwarmCache
 from swarm.types import Route
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ class Conversation:
         self.tokenizer = tokenizer
         self.context = context_of(model.config)
         self._cache: SwarmCache | None = None
-        self._seen: list[int] = []  # the tokens that the session of `_cache` holds
 
     def encode(self, messages: list[dict[str, str]] | str, raw: bool = False) -> list[int]:
         """A prompt or a chat as tokens, through the chat template unless `raw` or there is none.
@@ -86,13 +86,14 @@ class Conversation:
         """
         from transformers import TextStreamer
 
-        watch = _Watch()
-        streamer = _Streamer(TextStreamer, self.tokenizer, on_text or (lambda text: None), watch)
-        if generation.get("num_beams", 1) > 1:
-            streamer = None
+        watch, beams = _Watch(), generation.get("num_beams", 1) > 1
+        streamer = None if beams else _Streamer(TextStreamer, self.tokenizer, on_text or (lambda text: None), watch)
         if self.context and (room := self.context - len(prompt)) < generation.get("max_new_tokens", 0):
             generation["max_new_tokens"] = room
-        cache = self._continued(prompt) if generation.get("num_beams", 1) == 1 else SwarmCache()
+        if beams or self._cache is None:  # rows of a session cannot become more
+            self.forget()
+            self._cache = SwarmCache()
+        cache = self._cache  # `generate()` takes it back to where it and the prompt part
         ids, before = torch.tensor([prompt]), replace(cache.tuner.counts)
         try:
             output = self.model.generate(
@@ -122,29 +123,15 @@ class Conversation:
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         if on_text is not None:
             on_text(text)
-        self._cache, self._seen = cache, output[: cache.length]
+            self.forget()
         seconds = time.perf_counter() - watch.started
         return Answer(text, tokens, len(prompt), seconds, watch.first or seconds, str(cache.route), counts, output)
-
-    def _continued(self, prompt: list[int]) -> SwarmCache:
-        """The session of the last answer, cut to what it has in common with `prompt`; a new one if that is nothing."""
-        common = 0
-        for before, now in zip(self._seen, prompt[:-1], strict=False):  # at least one token has to be run
-            if before != now:
-                break
-            common += 1
-        if self._cache is None or not common:
-            self.forget()
-            self._cache = SwarmCache()
-        else:
-            self._cache.crop(common)
-        return self._cache
 
     def forget(self) -> None:
         """End the session; the next answer begins a new one."""
         if self._cache is not None:
             self._cache.close()
-        self._cache, self._seen = None, []
+        self._cache = None
 
 
 class _Watch:

@@ -18,6 +18,7 @@ import torch
 from swarm.drafting import Drafter, LookupDrafter, ModelDrafter
 from swarm.errors import UsageError
 from swarm.speculation import LOOKUP, OFF, Speculate, Tuner
+from swarm.swarm_cache import SwarmCache
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -87,11 +88,12 @@ class SpeculatingMixin:
     @staticmethod
     def _tuner(input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Tuner | None:
         """What the session's cache has learned of its trips; None where our loop does not do what is asked for."""
-        tuner = getattr(model_kwargs.get("past_key_values"), "tuner", None)
+        cache = model_kwargs.get("past_key_values")
         one_text = input_ids.shape[0] == 1 and model_kwargs.get("inputs_embeds") is None
         more = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
         plain = not more and config.prefill_chunk_size is None and not config.is_assistant
-        return tuner if one_text and plain and model_kwargs.get("use_cache") else None
+        suited = one_text and plain and model_kwargs.get("use_cache")
+        return cache.tuner if suited and isinstance(cache, SwarmCache) else None
 
     def _drafter(self, tuner: Tuner, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> Drafter:
         if (draft_model := self.draft_model) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import save_talking
 from inprocess import Swarm, running_swarm, save_llama
-from transformers import DynamicCache, set_seed
+from transformers import DynamicCache, TextIteratorStreamer, pipeline, set_seed
 
 from swarm import SwarmCache, SwarmModelForCausalLM
+from swarm.conversation import load_tokenizer
 from swarm.errors import CannotJoin, ModelNotFound, NoRoom, NoRoute, UsageError
 
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])
@@ -137,6 +140,71 @@ def test_repeated_calls_on_one_cache(whole: Any, model: Any) -> None:
             assert cache.length == ids.shape[1] - 2  # neither the last token nor the turn after it was run
             cache.close()
     assert texts[0] == texts[1]
+
+
+def test_a_cache_that_holds_another_text_goes_back_to_where_they_part(whole: Any, model: Any) -> None:
+    """As in a chat whose answers were decoded and encoded again; for beams and several rows, too."""
+    cache = SwarmCache()
+    for ids in ([5, 17, 23, 42, 99, 7, 64], [5, 17, 23, 8, 9, 10, 11, 12], [5, 17, 23, 8], [60, 61], [5, 17]):
+        expected, found = both(whole, model, torch.tensor([ids]), past_key_values=None, **GREEDY)
+        again = model.generate(torch.tensor([ids]), past_key_values=cache, **GREEDY)
+        assert again.tolist() == found.tolist() == expected.tolist()
+    rows = SwarmCache()
+    for texts in ([[5, 17, 23, 42], [9, 8, 7, 6]], [[5, 17, 23, 40, 3], [9, 8, 7, 6, 2]]):
+        ids = torch.tensor(texts)
+        expected = whole.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=rows, **GREEDY)
+        assert found.tolist() == expected.tolist()
+    for each in (cache, rows):
+        each.close()
+
+
+def test_a_session_cannot_be_copied(model: Any) -> None:
+    with pytest.raises(UsageError, match="cannot be copied"):
+        copy.deepcopy(model(PROMPT).past_key_values)
+
+
+def test_a_pipeline_is_none_the_wiser(tmp_path: Path, swarm: Swarm) -> None:
+    """Text and chats, alone and in batches."""
+    whole = save_talking(tmp_path)
+    node = swarm.serve(tmp_path, "0:6")
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.padding_side = "left"
+    told = []
+    with swarm_model(tmp_path, swarm, wait=10) as model:
+        for each in (whole, model):
+            ask = pipeline("text-generation", model=each, tokenizer=tokenizer, batch_size=2)
+            options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+            told.append([ask(["hi", "hello"], **options), ask([{"role": "user", "content": "hi"}], **options)])
+    assert told[0] == told[1]
+    swarm.stop(node)
+
+
+def test_who_reads_a_stream_is_told_that_nothing_comes(tmp_path: Path, swarm: Swarm) -> None:
+    save_talking(tmp_path, seed=9)
+    streamer = TextIteratorStreamer(load_tokenizer(str(tmp_path)), skip_prompt=True)
+    failures: list[BaseException] = []
+
+    def ask(model: Any) -> None:
+        try:
+            model.generate(PROMPT, streamer=streamer, **GREEDY)
+        except NoRoute as error:
+            failures.append(error)
+
+    with swarm_model(tmp_path, swarm) as model:
+        asking = threading.Thread(target=ask, args=(model,))
+        asking.start()
+        assert "".join(streamer) == ""
+        asking.join()
+    assert len(failures) == 1
+
+
+def test_addresses_and_dtypes_may_be_strings(whole: Any, swarm: Swarm, folder: Path) -> None:
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=f"{swarm.address}, ", dtype="float32") as model:
+        assert torch.allclose(model(PROMPT).logits, whole(PROMPT).logits, atol=1e-5)
+    for name in ("auto", "int8", "Tensor"):
+        with pytest.raises(UsageError, match="dtype"):
+            SwarmModelForCausalLM.from_pretrained(folder, initial_peers=swarm.address, dtype=name)
 
 
 def test_logits_equal(whole: Any, model: Any) -> None:

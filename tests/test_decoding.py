@@ -25,17 +25,24 @@ from swarm.decoding import SpeculatingMixin, _Answer, generate
 from swarm.drafting import LookupDrafter
 from swarm.errors import UsageError
 from swarm.speculation import Speculate, Tuner
+from swarm.swarm_cache import SwarmCache
 
 PROMPT = torch.tensor([[5, 17, 23, 5, 17, 23, 5]])
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9}
 
 
-class TunedCache(DynamicCache):
-    """A cache as the swarm's, for blocks that are here."""
+class TunedCache(SwarmCache):
+    """A cache as the swarm's, for blocks that are here: keys and values and all."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
-        self.tuner = Tuner()
+        super().__init__()
+        DynamicCache.__init__(self, config=config)
+
+    update = DynamicCache.update
+    crop = DynamicCache.crop
+    reorder_cache = DynamicCache.reorder_cache
+    get_seq_length = DynamicCache.get_seq_length
+    get_mask_sizes = DynamicCache.get_mask_sizes
 
 
 class Drafting(SpeculatingMixin, LlamaForCausalLM):
@@ -122,7 +129,7 @@ def test_a_text_that_goes_in_circles_comes_in_few_trips(model: Any) -> None:
     """Sampling among the one likeliest token is greedy, and greedy tiny models go in circles."""
     for options in ({"max_new_tokens": 120}, {"max_new_tokens": 120, "do_sample": True, "top_k": 1}):
         counts = counted(model, **options)
-        assert counts.tokens > 2 * counts.trips
+        assert counts.tokens > 1.3 * counts.trips  # how long drafts are follows the clock; one is sent in any case
 
 
 def test_a_draft_model_that_samples_with_the_same_numbers_is_mostly_right(model: Any, helper: Any, whole: Any) -> None:

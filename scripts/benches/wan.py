@@ -1,10 +1,11 @@
 """Peers that are far apart: every link between any two takes 25 ms one way, through a relay on loopback.
 
-Three stages, so that a token makes four trips: to each stage, and home. The reference of the first rows is a client
-that asks one stage after the other, and makes six: what its token takes is ours and two trips more, everything else
-being the same. Without drafts our part of it is less than 6/4, whatever the stages take; with drafts (`auto`, what
-the `swarm` command does) a trip brings several tokens. The other rows compare drafts with none, on a text that
-repeats its prompt (a summary, a correction of code) and on free ones. Answers end where the model ends them.
+Three stages, so that a token makes four trips: to each stage, and home. The reference of the first two rows is a
+client that asks one stage after the other, and makes six: what its token takes is ours and two trips more, everything
+else being the same. A token a trip can come close to 6/4 of that and never reach it, as the stages take their time in
+both; with drafts (`auto`, what the `swarm` command does) a trip brings several tokens. The other rows compare drafts
+with none: on answers that repeat their prompt (the key sentences of a text, a change to code) and on free ones, all of
+these together. Answers end where the model ends them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from swarm.speculation import Counts
 
 ONE_WAY = 0.025  # seconds
 STAGES = 3
-NEW_TOKENS = 96
+NEW_TOKENS = 80
 ROUNDS = 3
 MUST_STRAIGHT, MUST_REPEATING, MUST_FREE = 1.5, 2.0, 1.0
 
@@ -41,27 +42,30 @@ _ARTICLE = (
     "food, it is better at seeing predators, and a predator finds it hard to single out one fish among many. Fish use "
     "their eyes and their lateral lines to keep their place in the shoal."
 )
-_CODE = """def mean(numbers):
-    total = 0.0
-    for number in numbers:
-        total = total + number
-    return total / len(numbers)
+_CODE = """class Account:
+    def __init__(self, owner, balance=0):
+        self.owner = owner
+        self.balance = balance
 
+    def deposit(self, amount):
+        self.balance = self.balance + amount
+        return self.balance
 
-def variance(numbers):
-    middle = mean(numbers)
-    total = 0.0
-    for number in numbers:
-        total = total + (number - middle) ** 2
-    return total / len(numbers)
+    def withdraw(self, amount):
+        if amount > self.balance:
+            raise ValueError("not enough money")
+        self.balance = self.balance - amount
+        return self.balance
 """
 REPEATING = {
-    "summary": f"Summarise this text in its own words and sentences:\n\n{_ARTICLE}",
-    "code": f"Add a docstring to each function of this Python code and give all of it back:\n\n```python\n{_CODE}```",
+    "summary": f"Give the key sentences of this text as a list:\n\n{_ARTICLE}",
+    "code": f"Add a method `close` to this Python class, and give the whole class back:\n\n```python\n{_CODE}```",
 }
 FREE = {
     "story": "Write a short story about a fish that wants to leave its shoal.",
     "explanation": "Explain how a bicycle stays upright.",
+    "question": "What is a shoal of fish, and why do fish form one?",
+    "advice": "Give me three tips for learning to play the guitar.",
 }
 
 
@@ -116,8 +120,9 @@ def _compare(plan: Plan, folder: Path, plain: Any, drafting: Any) -> list[Row]:
             in_order = [(plain, SwarmCache()), (drafting, SwarmCache())]
             answers = {id(model): _answer(model, ids, cache) for model, cache in in_order[:: -1 if number % 2 else 1]}
             found[name].append((answers[id(plain)], answers[id(drafting)]))
-    drafts = [*_drafts(found, REPEATING, MUST_REPEATING), *_drafts(found, FREE, MUST_FREE)]
-    return [*_way(found), *drafts, _equal(found, expected)]
+    repeating = [row for name in REPEATING for row in _drafts(f"wan: {name}", found[name], MUST_REPEATING)]
+    free = _drafts("wan: free text", [pair for name in FREE for pair in found[name]], MUST_FREE)
+    return [*_way([pair for pairs in found.values() for pair in pairs]), *repeating, *free, _equal(found, expected)]
 
 
 def _encode(folder: Path, text: str) -> torch.Tensor:
@@ -138,9 +143,8 @@ def _answer(model: Any, ids: torch.Tensor, cache: SwarmCache | None) -> Timed:
     return Timed(output[0, ids.shape[1] :].tolist(), (times[-1] - times[0]) / (len(times) - 1), counts)
 
 
-def _way(found: dict[str, list[tuple[Timed, Timed]]]) -> list[Row]:
-    """Straight from stage to stage, over a round trip for each: on free text, without drafts and with them."""
-    pairs = [pair for name in FREE for pair in found[name]]
+def _way(pairs: list[tuple[Timed, Timed]]) -> list[Row]:
+    """Straight from stage to stage, over a round trip for each: without drafts and with them, on all texts."""
     there_and_back = [1 / (plain.seconds + (2 * STAGES - (STAGES + 1)) * ONE_WAY) for plain, _ in pairs]
     straight = Rounds([1 / plain.seconds for plain, _ in pairs], there_and_back)
     drafted = Rounds([1 / drafting.seconds for _, drafting in pairs], there_and_back)
@@ -153,15 +157,13 @@ def _way(found: dict[str, list[tuple[Timed, Timed]]]) -> list[Row]:
     ]
 
 
-def _drafts(found: dict[str, list[tuple[Timed, Timed]]], names: dict[str, str], must: float) -> list[Row]:
-    rows = []
-    for name in names:
-        pairs = found[name]
-        rounds = Rounds([1 / drafting.seconds for _, drafting in pairs], [1 / plain.seconds for plain, _ in pairs])
-        rows.append(rounds.row(f"wan: {name}, drafts over none", "tokens/s", Must("ratio", ">=", must)))
-        trips = statistics.median(drafting.counts.tokens / drafting.counts.trips for _, drafting in pairs)
-        rows.append(Row(f"wan: {name}, tokens a trip", trips, "tokens"))
-    return rows
+def _drafts(case: str, pairs: list[tuple[Timed, Timed]], must: float) -> list[Row]:
+    rounds = Rounds([1 / drafting.seconds for _, drafting in pairs], [1 / plain.seconds for plain, _ in pairs])
+    trips = statistics.median(drafting.counts.tokens / drafting.counts.trips for _, drafting in pairs)
+    return [
+        rounds.row(f"{case}, drafts over none", "tokens/s", Must("ratio", ">=", must)),
+        Row(f"{case}, tokens a trip", trips, "tokens"),
+    ]
 
 
 def _equal(found: dict[str, list[tuple[Timed, Timed]]], expected: dict[str, list[int]]) -> Row:
