@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from peer.announcer import Announcer
 from peer.hosting import Hosting
-from peer.placement import Move, Policy, Stay, decide, pauses, survey
+from peer.placement import Move, Policy, Stay, Survey, decide, pauses
 from swarm.errors import RemoteError, ShoalError
-from swarm.routing import uncovered
-from swarm.types import Offer, Span, State
+from swarm.types import Span, State
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +27,11 @@ class Means:
     """What a move needs of the node.
 
     Attributes:
-        offers: what all peers of the model offer now.
+        survey: what there is of the model now.
         serve: hosts a span and tells the swarm when it is online.
     """
 
-    offers: Callable[[], Awaitable[list[Offer]]]
+    survey: Callable[[], Awaitable[Survey]]
     serve: Callable[[Span], Awaitable[None]]
     drain_timeout: float
 
@@ -69,18 +68,18 @@ class Mover:
         while True:
             await asyncio.sleep(min(GLANCE_SECONDS, self._policy.look) * self._chance.uniform(0.5, 1.0))
             try:
-                offers = await self._means.offers()
-                if loop.time() >= due or _has_hole(offers, self._announcer.offer.num_blocks):
+                seen = await self._means.survey()
+                if loop.time() >= due or seen.has_hole:
                     due = loop.time() + pauses(self._policy, self._chance)
-                    await self.look(offers)
+                    await self.look(seen)
             except RemoteError as error:
                 log.warning("the swarm does not answer error=%r", str(error))
 
-    async def look(self, offers: list[Offer]) -> Move | Stay:
-        """Decide by these offers, and do it."""
+    async def look(self, seen: Survey) -> Move | Stay:
+        """Decide by what was seen, and do it."""
         mine = self._announcer.offer
         decision = decide(
-            survey(offers, mine.num_blocks, self._policy.keepers),
+            seen,
             mine,
             since=self.since,
             now=asyncio.get_running_loop().time(),
@@ -120,12 +119,10 @@ class Mover:
 
     async def _is_needed(self, span: Span) -> bool:
         """Whether somebody died meanwhile, without whom these blocks would have nobody."""
-        me = self._announcer.offer.peer
         try:
-            others = [offer for offer in await self._means.offers() if offer.peer != me]
+            return (await self._means.survey()).is_needed(self._announcer.offer.peer, span)
         except RemoteError:
             return True  # as far as we know
-        return bool(uncovered(others, span))
 
     async def _serve(self, span: Span, before: Span) -> None:
         try:
@@ -133,9 +130,3 @@ class Mover:
         except (ShoalError, OSError) as error:
             log.error("cannot host blocks=%s error=%r; back to=%s", span, str(error), before)
             await self._means.serve(before)
-
-
-def _has_hole(offers: list[Offer], num_blocks: int) -> bool:
-    """Whether some block has nobody, nor anybody who is about to come."""
-    hosted = {block for offer in offers if offer.state is not State.DRAINING for block in offer.span}
-    return len(hosted) < num_blocks

@@ -21,7 +21,7 @@ from peer.config import PeerSettings, ServeSettings, parse_address, parse_span
 from peer.executor import Executor
 from peer.hosting import Hosting
 from peer.mover import Means, Mover
-from peer.placement import Policy, choose_span, reconsider
+from peer.placement import Policy, Survey, best_span, reconsider, survey_parts
 from swarm.bearings import Bearings
 from swarm.checkpoint import Checkpoint, Progress
 from swarm.discovery import Discovery
@@ -29,6 +29,7 @@ from swarm.errors import InUse, ShoalError, UsageError
 from swarm.hub import resolve
 from swarm.identity import Identity
 from swarm.ping import bandwidth, ping
+from swarm.reading import Part
 from swarm.rpc import Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, Offer, Span, State
@@ -211,12 +212,12 @@ class Node:
         chance, blocks = random.Random(), self._announcer.offer.num_blocks
         block, count = await self.hosting.probe(blocks // 2, blocks)
         speed = block.tokens_per_second(count)
-        span: Span | None = choose_span(await self._offers(), blocks, count, speed=speed, chance=chance)
+        span: Span | None = best_span((await self._survey()).strength, count, speed, chance)
         for _ in range(CHOICES):
             if span is None:
                 break
             await self._announcer.tell(span=span, tokens_per_second=speed)
-            span = reconsider(await self._offers(), self._announcer.offer, speed=speed, chance=chance)
+            span = reconsider(await self._parts(), self._announcer.offer, speed=speed, chance=chance)
         return count
 
     # --- serving ----------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ class Node:
         assert self._announcer is not None
         stay = self.settings.stay_seconds
         policy = Policy(look=self.settings.look_seconds, min_stay=stay, urgent_stay=min(Policy().urgent_stay, stay))
-        means = Means(self._offers, self._serve, self.settings.drain_timeout)
+        means = Means(self._survey, self._serve, self.settings.drain_timeout)
         self.mover = Mover(self.hosting, self._announcer, means, count, policy)
         try:
             await self.mover.run()
@@ -259,17 +260,27 @@ class Node:
         self._progress(what, done, total) if self.mover is None else self.mover.tell(done, total)
 
     async def _offers(self) -> list[Offer]:
+        """What others offer who are near, and some who are not."""
         assert self.discovery is not None
         assert self._announcer is not None
-        offers = await self.discovery.offers(self._announcer.offer.model, self._announcer.offer.num_blocks)
+        mine = self._announcer.offer
+        offers = await self.discovery.offers(mine.model, mine.num_blocks, self.bearings.coordinate)
         self.bearings.read(offers)
-        return offers
+        return [offer for offer in offers if offer.peer != mine.peer]
+
+    async def _parts(self) -> list[Part]:
+        assert self.discovery is not None
+        assert self._announcer is not None
+        return await self.discovery.survey(self._announcer.offer.model, self._announcer.offer.num_blocks)
+
+    async def _survey(self) -> Survey:
+        return survey_parts(await self._parts())
 
     # --- knowing the way to others ----------------------------------------------------------------------------------
 
     async def _look_around(self) -> None:
         """Call a few peers: where are we, and how fast do bytes travel?"""
-        offers = [offer for offer in await self._offers() if offer.peer != self.identity.peer]
+        offers = await self._offers()
         await ping(self.rpc, self.bearings.anywhere(offers), AROUND_SECONDS)
         known = self.bearings.view().measured
         near = sorted((offer for offer in offers if offer.peer in known), key=lambda offer: known[offer.peer])
@@ -283,7 +294,7 @@ class Node:
         while True:
             await asyncio.sleep(BEARINGS_SECONDS * chance.uniform(0.5, 1.0))
             try:
-                others = [offer for offer in await self._offers() if offer.peer != self.identity.peer]
+                others = await self._offers()
             except ShoalError as error:
                 log.info("no offers error=%r", str(error))
                 continue

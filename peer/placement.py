@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from swarm.reading import Part
 from swarm.sampling import lot
 from swarm.types import Offer, PeerId, Span, State
 
@@ -40,26 +41,36 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What placement needs to know of the offers for a model, read at one moment.
+    """What placement needs to know of the hosts of a model, read at one moment.
 
     Attributes:
         strength: tokens per second of each block's hosts, those still joining included, those leaving not.
         keepers: for each block the online hosts that may be asked to stay: those that stay anyway, then by lot.
-        offers: by peer, what they added to the strength: (span, tokens per second).
+        spans: by peer, as far as they were read.
+        added: by peer, what it added to the strength: spans and tokens per second.
     """
 
     strength: tuple[float, ...]
     keepers: tuple[tuple[PeerId, ...], ...]
-    offers: dict[PeerId, tuple[Span, float]]
+    spans: dict[PeerId, Span]
+    added: dict[PeerId, tuple[tuple[Span, float], ...]]
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether some block has nobody, nor anybody who is about to come."""
+        return min(self.strength) <= _COVERED
 
     def without(self, peer: PeerId) -> list[float]:
         """The strength of each block if that peer were not there."""
         strength = list(self.strength)
-        if peer in self.offers:
-            span, speed = self.offers[peer]
+        for span, speed in self.added.get(peer, ()):
             for block in span:
                 strength[block] = max(0.0, strength[block] - speed)
         return [value if value > _COVERED else 0.0 for value in strength]
+
+    def is_needed(self, peer: PeerId, span: Span) -> bool:
+        """Whether some block of `span` has nobody online but that peer."""
+        return any(set(self.keepers[block]) <= {peer} for block in span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,39 +89,86 @@ class Stay:
 
 
 def survey(offers: Iterable[Offer], num_blocks: int, keepers: int = 2) -> Survey:
-    """Count what is there. O(offers x blocks of a span)."""
-    changes = [0.0] * (num_blocks + 1)
-    staying: list[list[_Rank]] = [[] for _ in range(num_blocks)]
-    counted: dict[PeerId, tuple[Span, float]] = {}
-    for offer in offers:
-        if offer.state is State.DRAINING:
-            continue
-        speed = max(offer.tokens_per_second, _LEAST_SPEED)
-        counted[offer.peer] = (offer.span, speed)
-        changes[offer.span.start] += speed
-        changes[offer.span.end] -= speed
+    """Count what is there, where all offers are known."""
+    known = tuple(offers)
+    return survey_parts([Part(Span(0, num_blocks), known, known)], keepers)
+
+
+def survey_parts(parts: Sequence[Part], keepers: int = 2) -> Survey:
+    """Count what is there in all the parts of a model, one after another. O(offers x blocks of a span).
+
+    Where offers were drawn, each stands for several. A block that none of them hosts has the hosts that are certain.
+    """
+    counts = [_count(part, keepers) for part in parts]
+    added: dict[PeerId, tuple[tuple[Span, float], ...]] = {}
+    for count in counts:
+        for peer, one in count.added.items():
+            added[peer] = (*added.get(peer, ()), one)
+    spans = {offer.peer: offer.span for part in parts for offer in (*part.certain, *part.drawn) if _counts(offer)}
+    strength = (value for count in counts for value in count.strength)
+    staying = (tuple(peer for *_, peer in row) for count in counts for row in count.staying)
+    return Survey(tuple(strength), tuple(staying), spans, added)
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """One part of a model: `strength` and `staying` of each of its blocks, and what each peer added."""
+
+    strength: list[float]
+    staying: list[list[_Rank]]
+    added: dict[PeerId, tuple[Span, float]]
+
+
+def _count(part: Part, keepers: int) -> _Count:
+    staying: list[list[_Rank]] = [[] for _ in part.blocks]
+    for offer in {offer.peer: offer for offer in (*part.drawn, *part.certain)}.values():
         if offer.state is State.ONLINE:
-            _add_keeper(staying, offer, keepers)
-    hosted = _hosted((span for span, _ in counted.values()), num_blocks)
-    strength = [total if count else 0.0 for total, count in zip(accumulate(changes[:-1]), hosted, strict=True)]
-    return Survey(tuple(strength), tuple(tuple(peer for *_, peer in row) for row in staying), counted)
+            _add_keeper(staying, part.blocks, offer, keepers)
+    strength, added = _strength(part.drawn, part.blocks, part.weight)
+    certain, certainly = _strength(part.certain, part.blocks, 1.0)
+    for index, value in enumerate(certain):
+        if strength[index] <= _COVERED < value:  # whose hosts were not drawn
+            strength[index] = value
+    return _Count(strength, staying, {**certainly, **added} if part.weight == 1.0 else added)
 
 
-def _add_keeper(staying: list[list[_Rank]], offer: Offer, keepers: int) -> None:
+def _strength(
+    offers: Iterable[Offer], blocks: Span, weight: float
+) -> tuple[list[float], dict[PeerId, tuple[Span, float]]]:
+    """What each of `blocks` has of `offers`, and what each peer adds to that."""
+    added = {}
+    for offer in offers:
+        start, end = max(offer.span.start, blocks.start), min(offer.span.end, blocks.end)
+        if start < end and _counts(offer):
+            added[offer.peer] = Span(start, end), weight * max(offer.tokens_per_second, _LEAST_SPEED)
+    changes = [0.0] * (len(blocks) + 1)
+    for span, speed in added.values():
+        changes[span.start - blocks.start] += speed
+        changes[span.end - blocks.start] -= speed
+    hosted = _hosted((span for span, _ in added.values()), blocks)
+    totals = accumulate(changes[:-1])
+    return [total if count else 0.0 for total, count in zip(totals, hosted, strict=True)], added
+
+
+def _counts(offer: Offer) -> bool:
+    return offer.state is not State.DRAINING
+
+
+def _add_keeper(staying: list[list[_Rank]], blocks: Span, offer: Offer, keepers: int) -> None:
     rank = (not offer.fixed, lot(offer.peer), offer.peer)
-    for block in offer.span:
-        row = staying[block]
+    for block in range(max(offer.span.start, blocks.start), min(offer.span.end, blocks.end)):
+        row = staying[block - blocks.start]
         if len(row) < keepers or rank < row[-1]:
             row.append(rank)
             row.sort()
             del row[keepers:]
 
 
-def _hosted(spans: Iterable[Span], num_blocks: int) -> list[int]:
-    changes = [0] * (num_blocks + 1)
+def _hosted(spans: Iterable[Span], blocks: Span) -> list[int]:
+    changes = [0] * (len(blocks) + 1)
     for span in spans:
-        changes[span.start] += 1
-        changes[span.end] -= 1
+        changes[span.start - blocks.start] += 1
+        changes[span.end - blocks.start] -= 1
     return list(accumulate(changes[:-1]))
 
 
@@ -168,7 +226,7 @@ def _leaves_no_chink(window: Span, empty: Sequence[int]) -> bool:
 
 
 def reconsider(
-    offers: Iterable[Offer], mine: Offer, *, speed: float = 1.0, chance: random.Random | None = None
+    parts: Sequence[Part], mine: Offer, *, speed: float = 1.0, chance: random.Random | None = None
 ) -> Span | None:
     """Where a newcomer that has just said where it goes should go instead, None if it is well where it is.
 
@@ -176,12 +234,16 @@ def reconsider(
     blocks that nobody hosts.
     """
     rank = (lot(mine.peer), mine.peer)
+
+    def counts(offer: Offer) -> bool:
+        later = offer.state is State.JOINING and (lot(offer.peer), offer.peer) > rank
+        return offer.peer != mine.peer and not later
+
     before = [
-        offer
-        for offer in offers
-        if offer.peer != mine.peer and not (offer.state is State.JOINING and (lot(offer.peer), offer.peer) > rank)
+        Part(part.blocks, tuple(filter(counts, part.certain)), tuple(filter(counts, part.drawn)), part.weight)
+        for part in parts
     ]
-    strength = survey(before, mine.num_blocks).strength
+    strength = survey_parts(before).strength
     better = best_span(strength, len(mine.span), speed, chance)
     return better if _holes(strength, better) > _holes(strength, mine.span) else None
 
@@ -241,7 +303,7 @@ def _not_worth_it(others: Sequence[float], here: Span, there: Span, speed: float
 
 def _one_of_the_spare(seen: Survey, keepers: int, policy: Policy) -> float:
     """The chance with which one of all that may leave does, on average; not less than usual, many look seldom."""
-    spare = sum(not _held(seen, peer, span, keepers) for peer, (span, _) in seen.offers.items())
+    spare = sum(not _held(seen, peer, span, keepers) for peer, span in seen.spans.items())
     return max(policy.chance, 1.0 / max(spare, 1))
 
 

@@ -169,7 +169,7 @@ class TrainNode:
     async def _look_around(self) -> None:
         """Who else takes part, as far as the DHT tells; and as long as nobody is found, whether with another file."""
         assert self.discovery is not None
-        offers = await self.discovery.offers(self.run.id, self.run.num_blocks)
+        offers = await self.discovery.everything(self.run.id, self.run.num_blocks)
         self._known = {
             offer.peer: Endpoint(offer.peer, [(each.host, each.port) for each in offer.addresses])
             for offer in offers
@@ -263,7 +263,7 @@ class TrainNode:
             if wanted >= count:
                 raise UsageError(f"--stage {wanted}: the run has stages 0 to {count - 1}")
             return wanted
-        offers = await self.discovery.offers(self.run.id, self.run.num_blocks)
+        offers = await self.discovery.everything(self.run.id, self.run.num_blocks)
         held = Counter(offer.span for offer in offers)
         fewest = min(held[span] for span in self.run.spans)
         return random.choice([index for index, span in enumerate(self.run.spans) if held[span] == fewest])

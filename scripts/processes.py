@@ -195,7 +195,7 @@ class LocalSwarm:
             start = Discovery.start(Identity.generate(), [self.address], client_mode=True)
             self._discovery = self._background.run(start)
             self._background.at_close(self._discovery.close)
-        return self._background.run(self._discovery.offers(model, num_blocks))
+        return self._background.run(self._discovery.everything(model, num_blocks))
 
     def wait_online(self, model: ModelId, num_blocks: int, peers: int, timeout: float = START_SECONDS) -> list[Offer]:
         """Wait until every block and so many peers are online. Raises `Failed` with what the peers said."""

@@ -1,6 +1,7 @@
 """Who hosts what, where, how fast: offers, published in the hivemind DHT and read from it, signed and checked.
 
 An offer is told again well before it expires, until it is withdrawn, and again when the DHT node had to be replaced.
+Which tables it is put into, and which are read, `swarm.reading` says: a bounded number, however many peers there are.
 """
 
 from __future__ import annotations
@@ -10,23 +11,28 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from swarm import offers
+from swarm import offers, reading, sampling
 from swarm.dht import Node, checked, now
 from swarm.errors import DeadlineExceeded, ProtocolError, ShoalError
 from swarm.identity import Identity
 from swarm.membership import Membership
 from swarm.offers import Kind, Record
-from swarm.types import ModelId, Offer, PeerId, Span
+from swarm.reading import Part, Reading
+from swarm.sampling import Table
+from swarm.types import Coordinate, ModelId, Offer, PeerId, Span
 
 RENEW_SECONDS = 20.0  # between two renewals of an offer, which lives for a minute
 _PUBLISH_SECONDS = 10.0
 _WITHDRAW_SECONDS = 1.0
 _READ_SECONDS = 10.0
 _MAX_MODELS = 256  # listed by `models`
+_SURVEY_SLICES = 16  # of each range of blocks, at most, that a peer reads which looks for its place
 
+_Result = TypeVar("_Result")
 _Place = tuple[bytes, str]  # a key of the DHT and the name in its dictionary
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,8 @@ class Discovery:
         self.peer = identity.peer
         self._identity, self._membership = identity, membership
         self._offer: Offer | None = None
+        self._put_last: Offer | None = None
+        self._lying: set[_Place] = set()  # where that was put, the index aside
         self._issued = 0.0
         self._keeper = asyncio.create_task(self._keep_known())
 
@@ -101,13 +109,9 @@ class Discovery:
         Raises `UsageError` for an offer that cannot be published. Raises `DeadlineExceeded` where nobody took it in
         ten seconds; it is tried again at the next renewal all the same.
         """
-        before = self._stamped(self._offer) if self._offer else None  # stamped first: the newest word is the offer
-        stamped = self._stamped(offer)
-        offers.pack(stamped, self._identity)  # a bad one must not be remembered
+        offers.pack(self._stamped(offer), self._identity)  # a bad one must not be remembered
         self._offer = offer
-        await self._put(stamped, Kind.OFFER, _places(offer))
-        if before is not None:
-            await self._leave(before)
+        await self._spread(offer)
 
     def amend(self, offer: Offer) -> None:
         """Tell `offer` at the next renewal, which is soon enough: what it says is little news. It hosts the same."""
@@ -124,23 +128,35 @@ class Discovery:
             return
         try:
             async with asyncio.timeout(_WITHDRAW_SECONDS):
-                await self._leave(self._stamped(before))
+                await self._leave(self._lying)
         except (TimeoutError, DeadlineExceeded):
             logger.warning("the offer could not be withdrawn everywhere in time; it expires within a minute")
 
-    async def _leave(self, before: Offer) -> None:
-        """Withdraw `before` from where the present offer is not. The index stays: others may host the model."""
-        stay = set(_places(self._offer)) if self._offer else set()
-        if left := [place for place in _places(before) if place not in stay and place[0] != offers.INDEX_KEY]:
-            await self._put(before, Kind.WITHDRAWAL, left)
+    async def _leave(self, places: Collection[_Place]) -> None:
+        """Withdraw what was put last from `places`. The index stays: others may host the model."""
+        if places and self._put_last is not None:
+            await self._put(self._stamped(self._put_last), Kind.WITHDRAWAL, list(places))
 
-    async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
-        """The offers for any of the `num_blocks` blocks of `model`, the newest of each peer, by span.
+    async def offers(self, model: ModelId, num_blocks: int, place: Coordinate | None = None) -> list[Offer]:
+        """Offers for all of the `num_blocks` blocks of `model`, the newest of each peer, by span.
 
-        Raises `DeadlineExceeded` where the DHT does not answer in ten seconds.
+        All of them where they are few; else what somebody at `place` needs to know for a route, a little of it left to
+        chance. Raises `DeadlineExceeded` where the DHT does not answer in ten seconds.
         """
-        records = await self._records(offers.bucket_keys(model, Span(0, num_blocks)))
-        return [offer for offer in _standing(records) if offer.num_blocks == num_blocks]
+        ticket = random.getrandbits(sampling.LOT_BITS)
+        found = await self._answered(model, reading.for_route(num_blocks, place, ticket))
+        return _newest(found, num_blocks)
+
+    async def survey(self, model: ModelId, num_blocks: int) -> list[Part]:
+        """What is known of the hosts of all blocks, a sample of them where they are many. Raises like `offers`."""
+        tickets = [random.getrandbits(sampling.LOT_BITS) for _ in range(_SURVEY_SLICES)]
+        parts = await self._answered(model, reading.for_survey(num_blocks, tickets))
+        return [_of_model(part, num_blocks) for part in parts]
+
+    async def everything(self, model: ModelId, num_blocks: int) -> list[Offer]:
+        """All offers for the blocks, however many they are. Raises like `offers`."""
+        parts = await self._answered(model, reading.for_survey(num_blocks, None))
+        return _newest((offer for part in parts for offer in (*part.certain, *part.drawn)), num_blocks)
 
     async def models(self) -> dict[ModelId, Listing]:
         """The models that somebody hosts now. Raises like `offers`."""
@@ -185,12 +201,33 @@ class Discovery:
 
     async def _renew(self) -> None:
         await self._membership.look_around(_READ_SECONDS)
-        offer = self._offer
-        if offer is None:
+        if self._offer is not None:
+            await self._spread(self._offer)
+
+    async def _spread(self, offer: Offer) -> None:
+        """Put `offer` where it belongs now, and withdraw what lies where it does not belong any more."""
+        tables, listed = await asyncio.gather(
+            self._answered(offer.model, reading.for_offer(offer)), self._is_listed(offer.model)
+        )
+        if self._offer is None:  # withdrawn meanwhile: nothing may be stamped later than that
             return
-        places = await self._to_renew(offer)
-        if self._offer is offer:  # neither replaced nor withdrawn: nothing may be stamped later than a withdrawal
-            await self._put(self._stamped(offer), Kind.OFFER, places)
+        if _belonging(self._offer) != _belonging(offer):
+            await self._spread(self._offer)
+            return
+        places = {(offers.table_key(offer.model, table), str(offer.peer)) for table in tables}
+        index = [] if listed else [(offers.INDEX_KEY, str(offer.model))]
+        left, before = self._lying - places, self._put_last and self._stamped(self._put_last)
+        stamped = self._stamped(self._offer)  # after the one before: the newest word is the offer
+        self._lying, self._put_last = places, self._offer
+        await self._put(stamped, Kind.OFFER, [*places, *index])
+        if left and before is not None:
+            await self._put(before, Kind.WITHDRAWAL, list(left))
+
+    async def _is_listed(self, model: ModelId) -> bool:
+        """Whether the index need not be told: another peer of the model has just renewed it there."""
+        fresh = now() + offers.LIFETIME - RENEW_SECONDS
+        index = await self._records([offers.INDEX_KEY])
+        return any(seen.offer.model == model and seen.offer.expires > fresh for seen in index)
 
     # --- records --------------------------------------------------------------------------------------------------
 
@@ -210,32 +247,43 @@ class Discovery:
         if not taken.issuperset(key for key in keys if key != offers.INDEX_KEY):
             raise DeadlineExceeded("not every part of the DHT took the offer")
 
-    async def _to_renew(self, offer: Offer) -> list[_Place]:
-        """Where to put `offer` again: not into the index if another peer of the model has just renewed it there."""
-        fresh = now() + offers.LIFETIME - RENEW_SECONDS
-        index = await self._records([offers.INDEX_KEY])
-        listed = any(seen.offer.model == offer.model and seen.offer.expires > fresh for seen in index)
-        return [(key, subkey) for key, subkey in _places(offer) if not (listed and key == offers.INDEX_KEY)]
+    async def _answered(self, model: ModelId, asking: Reading[_Result]) -> _Result:
+        """What a reading finds out in the DHT."""
+        try:
+            wanted = next(asking)
+            while True:
+                wanted = asking.send(await self._tables(model, wanted))
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+    async def _tables(self, model: ModelId, tables: Iterable[Table]) -> dict[Table, list[Offer]]:
+        """What stands in each of `tables`."""
+        keys = {table: offers.table_key(model, table) for table in tables}
+        found = await self._records_by_key(keys.values())
+        return {table: _standing(found[key]) for table, key in keys.items()}
 
     async def _records(self, keys: Iterable[bytes]) -> list[Record]:
         """What lies under `keys` and passes every check; the rest is not there."""
+        return [record for records in (await self._records_by_key(keys)).values() for record in records]
+
+    async def _records_by_key(self, keys: Iterable[bytes]) -> dict[bytes, list[Record]]:
         wanted = list(keys)
         tables = await self._membership.ask(lambda node: node.get(wanted), _READ_SECONDS) if wanted else {}
-        found = []
+        found: dict[bytes, list[Record]] = {key: [] for key in wanted}
         for key, table in tables.items():
             for subkey, (value, expires) in table.items():
                 with contextlib.suppress(ProtocolError):
-                    found.append(checked(offers.hashed(key), subkey, value, expires))
+                    found[key].append(checked(offers.hashed(key), subkey, value, expires))
         return found
 
     def __repr__(self) -> str:
         return f"<Discovery {self.peer[-6:]} offer={self._offer and str(self._offer.span)} {self._membership!r}>"
 
 
-def _places(offer: Offer) -> list[_Place]:
-    """Where an offer belongs: with the other offers for its blocks, and in the list of all models."""
-    keys = offers.bucket_keys(offer.model, offer.span)
-    return [*((key, str(offer.peer)) for key in keys), (offers.INDEX_KEY, str(offer.model))]
+def _belonging(offer: Offer) -> tuple[object, ...]:
+    """What decides where an offer belongs."""
+    return offer.model, offer.span, offer.state, sampling.cells_of(offer.coordinate)
 
 
 def _standing(records: Iterable[Record]) -> list[Offer]:
@@ -245,6 +293,20 @@ def _standing(records: Iterable[Record]) -> list[Offer]:
         newest[record.offer.peer] = record
     good = (r.offer for r in newest.values() if r.kind is Kind.OFFER and r.offer.expires > now())
     return sorted(good, key=lambda offer: (offer.span, offer.peer))
+
+
+def _newest(found: Iterable[Offer], num_blocks: int) -> list[Offer]:
+    """The newest of each peer, by span; offers of another model under the same name are not meant."""
+    newest: dict[PeerId, Offer] = {}
+    for offer in sorted(found, key=lambda offer: offer.issued):
+        newest[offer.peer] = offer
+    meant = (offer for offer in newest.values() if offer.num_blocks == num_blocks)
+    return sorted(meant, key=lambda offer: (offer.span, offer.peer))
+
+
+def _of_model(part: Part, num_blocks: int) -> Part:
+    certain, drawn = (tuple(_newest(found, num_blocks)) for found in (part.certain, part.drawn))
+    return Part(part.blocks, certain, drawn, part.weight)
 
 
 def _listing(hosts: Sequence[Offer]) -> Listing:

@@ -24,7 +24,7 @@ from swarm.routing import View, find_route, uncovered
 from swarm.rpc import Rpc
 from swarm.session import Session, Sessions
 from swarm.transport import TcpTransport
-from swarm.types import ModelId, Offer, PeerId, Route, Span
+from swarm.types import Coordinate, ModelId, Offer, PeerId, Route, Span
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Waiting:
 class Directory(Protocol):
     """Where offers are read: the DHT, or what stands for it."""
 
-    async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
-        """What peers offer for any block of the model now."""
+    async def offers(self, model: ModelId, num_blocks: int, place: Coordinate | None = None) -> list[Offer]:
+        """What somebody at `place` needs to know of the offers for all blocks of the model, to find a route."""
 
     async def close(self) -> None:
         """Leave."""
@@ -96,8 +96,8 @@ class Network:
         return cls(TcpTransport(identity), await Discovery.start(identity, initial_peers, client_mode=True))
 
     async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
-        """What peers offer for any block of the model now. Raises `DeadlineExceeded`."""
-        offers = await self.discovery.offers(model, num_blocks)
+        """What peers offer for the model's blocks, as far as we need to know. Raises `DeadlineExceeded`."""
+        offers = await self.discovery.offers(model, num_blocks, self.bearings.coordinate)
         self.bearings.read(offers)
         return offers
 

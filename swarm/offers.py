@@ -18,12 +18,12 @@ import msgspec
 
 from swarm.errors import Forged, Malformed, Oversized, UsageError
 from swarm.identity import Identity, verify
+from swarm.sampling import BUCKET, Table, buckets_of, tables_of
 from swarm.types import Address, Coordinate, ModelId, Offer, PeerId, Span, State
 
 LIFETIME = 60.0  # seconds from an offer's issue to its expiry
 MAX_SKEW = 5.0  # seconds that clocks may differ; hivemind lets nobody in with more than 3
 MAX_RECORD = 1024  # bytes of a signed record
-BUCKET = 16  # blocks that share a DHT dictionary
 MAX_BUCKETS = 256  # that one span may touch; bounds the work of checking where a record may lie
 INDEX_KEY = b"shoal/1/models"  # the dictionary of all models: sub-keyed by model, so it grows with these alone
 
@@ -186,10 +186,14 @@ def unpack(data: bytes) -> Offer:
     return record.offer
 
 
+def table_key(model: ModelId, table: Table) -> bytes:
+    """The key of a dictionary of offers."""
+    return f"shoal/1/{model}/{table.bucket}{table.name and '@'}{table.name}".encode()
+
+
 def bucket_keys(model: ModelId, span: Span) -> Iterator[bytes]:
-    """The keys of the dictionaries that hold the offers for these blocks."""
-    for bucket in range(span.start // BUCKET, (span.end - 1) // BUCKET + 1):
-        yield f"shoal/1/{model}/{bucket}".encode()
+    """The keys of the root dictionaries of the offers for these blocks."""
+    return (table_key(model, Table(bucket)) for bucket in buckets_of(span))
 
 
 def hashed(key: bytes) -> bytes:
@@ -200,7 +204,8 @@ def hashed(key: bytes) -> bytes:
 def _subkey_at(key_id: bytes, offer: Offer) -> str | None:
     if key_id == hashed(INDEX_KEY):
         return offer.model
-    return offer.peer if key_id in map(hashed, bucket_keys(offer.model, offer.span)) else None
+    keys = (table_key(offer.model, table) for table in tables_of(offer))
+    return offer.peer if key_id in map(hashed, keys) else None
 
 
 def check(record: Record, key_id: bytes, subkey: object, expires: float, now: float) -> None:

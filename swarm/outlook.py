@@ -51,7 +51,7 @@ class Outlook:
         for model, listing in (await self._discovery.models()).items():
             if model_name is not None and not is_called(model, listing.name, model_name):
                 continue
-            if offers := await self._discovery.offers(model, listing.num_blocks):
+            if offers := await self._discovery.everything(model, listing.num_blocks):
                 sights.append(await self._sight(self._network, model, offers))
         return sights
 

@@ -14,11 +14,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from swarm.costs import seconds_per_block, turn_seconds
 from swarm.errors import NoRoute
 from swarm.types import Coordinate, Hop, Offer, PeerId, Route, Span, State
 
-HOP_SECONDS = 0.002  # what one more hop costs a token, beside the way and the blocks' own time
-FULL_SECONDS = 10.0  # what no room for the session is taken to cost, so that it is chosen only where it must be
 SPREAD = 0.15  # offers that differ by less are about equally good; clients spread over them
 DOUBT = 0.5  # a queue may have become so much longer or shorter since the offer was made
 
@@ -115,22 +114,6 @@ def _is_usable(offer: Offer, span: Span) -> bool:
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
-
-
-def seconds_per_block(offer: Offer) -> float:
-    """One token through one block: as measured, else from what the whole span does, shared by the sessions there."""
-    if offer.seconds_per_block > 0:
-        return offer.seconds_per_block
-    return (1.0 + offer.sessions) / (max(offer.tokens_per_second, 1e-3) * len(offer.span))
-
-
-def turn_seconds(offer: Offer, tokens_needed: int, hearsay: float = 1.0) -> float:
-    """Until the first block is run: the steps that wait there run their span first, one after another at worst.
-
-    `hearsay` is what the queue is multiplied by: it was so long when the offer was made.
-    """
-    room = 0.0 if offer.cache_free >= tokens_needed else FULL_SECONDS
-    return HOP_SECONDS + room + hearsay * offer.queue * seconds_per_block(offer) * len(offer.span)
 
 
 def work_of(offers: Sequence[Offer], tokens_needed: int = 1, chance: random.Random | None = None) -> Work:

@@ -21,14 +21,14 @@ import psutil
 import pytest
 import uvloop
 
-from swarm import discovery, membership, offers
+from swarm import discovery, membership, offers, sampling
 from swarm.daemon import Daemon
 from swarm.dht import Node
 from swarm.discovery import Discovery, Listing
 from swarm.errors import CannotJoin, Closed, PortInUse, UsageError
 from swarm.identity import Identity
 from swarm.offers import INDEX_KEY, Kind, bucket_keys, pack
-from swarm.types import Address, ModelId, Offer, Span, State
+from swarm.types import Address, Coordinate, ModelId, Offer, Span, State
 
 MODEL, OTHER_MODEL = ModelId("ab" * 32), ModelId("cd" * 32)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through pidfd")
@@ -230,6 +230,48 @@ async def test_bad_offers_are_refused_and_not_remembered(grow: Grow) -> None:
     with pytest.raises(UsageError):
         await here.publish(offer_of(Identity.generate()))
     assert await here.models() == {}
+
+
+async def test_a_crowd_is_read_in_slices_and_leaves_every_table_it_was_in(
+    grow: Grow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ROOT", "SLICE", "FASTEST", "DRAWN"):
+        monkeypatch.setattr(sampling, name, 1)
+    near, far = Coordinate((0.01, 0.01, 0.01), 0.001, 0.1), Coordinate((0.2, 0.2, 0.2), 0.001, 0.1)
+    peers = [await grow() for _ in range(4)]
+    for peer in peers * 2:  # the second time, each sees the others
+        await peer.publish(offer_of(peer, coordinate=near))
+    reader, names = await grow(client_mode=True), {peer.peer for peer in peers}
+
+    async def read_by_many() -> set[str]:
+        return {offer.peer for _ in range(12) for offer in await reader.offers(MODEL, 32, near)}
+
+    assert {offer.peer for offer in await reader.everything(MODEL, 32)} == names
+    assert await read_by_many() == names
+    crowded, empty = await reader.survey(MODEL, 32)
+    assert {offer.peer for offer in crowded.drawn} <= names
+    assert (empty.certain, empty.drawn) == ((), ())
+
+    await peers[0].withdraw()
+    await peers[1].publish(offer_of(peers[1], coordinate=far))  # it was elsewhere after all
+    assert {offer.peer for offer in await reader.everything(MODEL, 32)} == names - {peers[0].peer}
+    assert peers[0].peer not in await read_by_many()
+    moved = [offer for offer in await reader.everything(MODEL, 32) if offer.peer == peers[1].peer]
+    assert [offer.coordinate for offer in moved] == [far]
+
+
+async def test_what_is_little_news_is_told_with_the_next_renewal(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "RENEW_SECONDS", 0.3)
+    first, second = await grow(), await grow()
+    first.amend(offer_of(first))  # before anything was published, there is nothing to amend
+    assert await spans(second) == []
+    await first.publish(offer_of(first))
+    first.amend(offer_of(first, sessions=3))
+
+    async def told() -> bool:
+        return [offer.sessions for offer in await second.offers(MODEL, 32)] == [3]
+
+    await until(told)
 
 
 # --- lies -------------------------------------------------------------------------------------------------------------

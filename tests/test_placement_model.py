@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.placement import Move, Policy, Stay, Survey, choose_span, decide, pauses, reconsider, survey
+from swarm.reading import Part
 from swarm.sampling import lot
 from swarm.types import ModelId, Offer, PeerId, Span, State
 
@@ -176,9 +177,13 @@ def test_the_only_one_that_can_be_spared_does_not_leave_a_hole_to_chance() -> No
 def test_of_two_newcomers_with_the_same_blocks_one_gives_way() -> None:
     first, second = sorted("ab", key=lambda name: lot(PeerId(name)))
     offers = [an_offer(name, 0, 6, state=State.JOINING) for name in (second, first)]
-    assert reconsider(offers, offers[1]) is None
-    assert reconsider(offers, offers[0]) == Span(6, 12)
-    assert reconsider([*offers, an_offer("c", 6, 12)], offers[0]) is None  # nowhere is it missed
+
+    def parts(*known: Offer) -> list[Part]:
+        return [Part(Span(0, BLOCKS), known, known)]
+
+    assert reconsider(parts(*offers), offers[1]) is None
+    assert reconsider(parts(*offers), offers[0]) == Span(6, 12)
+    assert reconsider(parts(*offers, an_offer("c", 6, 12)), offers[0]) is None  # nowhere is it missed
 
 
 def test_looks_are_spread() -> None:

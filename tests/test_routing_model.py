@@ -13,21 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.coordinates import distance
+from swarm.costs import seconds_per_block, turn_seconds
 from swarm.errors import NoRoute
 from swarm.explanation import explain
-from swarm.routing import View, find_route, seconds_per_block, turn_seconds, uncovered
-from swarm.sampling import (
-    CELLS,
-    DRAWN,
-    FASTEST,
-    LOT_BITS,
-    WORLD,
-    lot,
-    slice_bits,
-    slices_of,
-    tables_of,
-    worth_keeping,
-)
+from swarm.routing import View, find_route, uncovered
 from swarm.types import Coordinate, Hop, ModelId, Offer, PeerId, Route, Span, State
 
 BLOCKS = 6
@@ -236,64 +225,3 @@ def test_an_explanation_says_where_there_is_nobody_else_and_who_is_busy() -> Non
     assert "nobody else hosts all of 0:3" in why.choices[0].reason
     assert why.choices[0].extra == float("inf")
     assert "busier" in why.choices[1].reason
-
-
-# --- what is read ----------------------------------------------------------------------------------------------------
-
-
-def crowd(count: int, seed: int) -> list[Offer]:
-    chance = random.Random(seed)
-    result = []
-    for number in range(count):
-        start = chance.randrange(14)
-        pace = chance.uniform(0.001, 0.01)
-        result.append(an_offer(f"p{number}", start, min(start + 4, 16), seconds_per_block=pace))
-    return result
-
-
-@pytest.mark.parametrize("count", [10, 100, 2000])
-def test_a_table_is_bounded_and_covers_what_is_covered(count: int) -> None:
-    offers, blocks = crowd(count, 0), Span(0, 16)
-    kept = worth_keeping(offers, blocks)
-    assert len(kept) <= (FASTEST + DRAWN) * len(blocks)
-    assert len({offer.peer for offer in kept}) == len(kept)
-    assert uncovered(kept, blocks) == uncovered(offers, blocks)
-    shuffled = random.Random(1).sample(offers, len(offers))
-    assert {o.peer for o in worth_keeping(shuffled, blocks)} == {o.peer for o in kept}
-    assert {o.peer for o in worth_keeping(kept, blocks)} == {o.peer for o in kept}  # nobody leaves in a second look
-
-
-def test_a_table_keeps_the_fastest_and_passes_by_who_does_not_serve() -> None:
-    offers = crowd(500, 2)
-    fastest = min(offers, key=lambda offer: offer.seconds_per_block)
-    assert fastest in worth_keeping(offers, Span(0, 16))
-    assert worth_keeping([replace(offer, state=State.DRAINING) for offer in offers], Span(0, 16)) == []
-
-
-def test_neighbours_share_tables_and_all_share_the_world() -> None:
-    a, b = Coordinate((0.001, 0.001, 0.001), 0.01, 0.1), Coordinate((0.002, 0.003, 0.001), 0.002, 0.9)
-    assert tables_of(a) == tables_of(b)
-    assert set(tables_of(a)) & set(tables_of(FAR)) == {WORLD}
-    assert len(set(tables_of(a))) == 1 + len(CELLS)
-    assert tables_of(None) == (WORLD,)
-
-
-@pytest.mark.parametrize(("count", "bits"), [(20, range(1)), (1000, range(5, 9)), (8000, range(8, 12))])
-def test_a_crowd_is_cut_into_slices_of_bounded_size(count: int, bits: range) -> None:
-    """About `count` hosts of every block: the table itself, which keeps few of them, tells how many they are."""
-    offers = [an_offer(f"p{number}", 0, 4) for number in range(count)]
-    width = slice_bits(worth_keeping(offers, Span(0, 4)), Span(0, 4))
-    assert width in bits
-    sizes = Counter(lot(offer.peer) >> (LOT_BITS - width) for offer in offers)
-    assert max(sizes.values()) <= 12 * (FASTEST + DRAWN)
-
-
-def test_every_peer_is_in_a_slice_that_some_ticket_reads() -> None:
-    peer = PeerId("somebody")
-    names = slices_of(HERE, lambda table: 3, lot(peer))
-    tickets = [number << (LOT_BITS - 3) for number in range(8)]
-    read = [slices_of(HERE, lambda table: 3, ticket) for ticket in tickets]
-    assert sum(names == others for others in read) == 1
-    assert len(names) == 2
-    assert slices_of(HERE, lambda table: 0, lot(peer)) == []
-    assert len(slices_of(None, lambda table: 3, lot(peer))) == 1

@@ -119,7 +119,7 @@ class Directory:
         """It is read for so many seconds."""
         self._offers[offer.peer] = offer, asyncio.get_running_loop().time() + seconds
 
-    async def offers(self, model: ModelId, num_blocks: int) -> list[Offer]:
+    async def offers(self, model: ModelId, num_blocks: int, place: object = None) -> list[Offer]:
         now = asyncio.get_running_loop().time()
         return [offer for offer, expires in self._offers.values() if expires > now]
 

@@ -11,8 +11,9 @@ import numpy as np
 from simulation.geography import Place, TrueLatencies, draw_place, measured, round_trip
 from simulation.hosting import Hosting
 from swarm.coordinates import NOWHERE, distance, update
+from swarm.costs import HOP_SECONDS
 from swarm.errors import NoRoute
-from swarm.routing import HOP_SECONDS, View, Work, cheapest, find_route
+from swarm.routing import View, Work, cheapest, find_route
 from swarm.sampling import LOT_BITS
 from swarm.types import Coordinate, Offer, PeerId, Route, Span
 
