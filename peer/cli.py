@@ -121,6 +121,14 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16: what to compute in.")
     ] = None,
+    wire_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16, int8 or auto (default): how to send hidden states on, where clients leave it to "
+            "you. auto rounds them only on slow links to other networks.",
+        ),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +181,7 @@ def serve(
         "device": device,
         "dtype": dtype,
         "quantize": quantize,
+        "wire_dtype": wire_dtype,
         "cache_tokens": cache_tokens,
         "lease_seconds": lease_seconds,
         "look_seconds": look_seconds,

@@ -19,6 +19,7 @@ from pydantic_settings import (
 from swarm.errors import UsageError
 from swarm.hub import DEFAULT_MODEL
 from swarm.types import Address, Span
+from swarm.wire import Rounding
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -78,6 +79,7 @@ class ServeSettings(PeerSettings):
     stay_seconds: Annotated[float, Field(ge=0.0, le=30 * 86_400.0)] = 3600.0
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    wire_dtype: Rounding = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0

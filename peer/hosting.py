@@ -72,7 +72,10 @@ class Hosting:
         tokens = cache_tokens(self._settings.cache_tokens, capacity.bytes_per_token, left)
         self.leases.capacity, self.leases.page = max(tokens - tokens % PAGE, PAGE), PAGE
         await self._executor.run(lambda: stage.reserve(self.leases.capacity))
-        before, self.server = self.server, Server(self._rpc, stage, self._executor, self.leases, self._model)
+        before, self.server = (
+            self.server,
+            Server(self._rpc, stage, self._executor, self.leases, self._model, rounding=self._settings.wire_dtype),
+        )
         self.server.load = Load(capacity.seconds_per_block)
         self.server.tokens = before.tokens if before else 0
         gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens

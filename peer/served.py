@@ -18,6 +18,7 @@ from swarm.frames import Buffer
 from swarm.history import History, Mark, Piece
 from swarm.rpc import Link, Rpc
 from swarm.types import PeerId, SessionId
+from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class ServedSession:
         self.epoch = 0
         self.came = 0
         self.opened = 0
+        self.rounding: Rounding | None = None  # of what is passed on; chosen when the session is opened
         self.returning: list[Work] = []  # steps that wait for what the session holds to come back to the pool
         self.outdated = False
         self._rpc = rpc
@@ -115,7 +117,9 @@ class ServedSession:
         self._failed = failed
         if self.next is not None:
             onward, replay = replace(step, hidden=output), max(message.replay - 1, 0)
-            header, body = step_message(self.key, message.epoch, self._end, message.keep, onward, replay, more)
+            header, body = step_message(
+                self.key, message.epoch, self._end, message.keep, onward, self.rounding, replay, more
+            )
             self.next.send(header, body, failed)
         elif not message.replay:
             self._answer_client(message, output, more)
@@ -134,8 +138,9 @@ class ServedSession:
         wanted = wanted[:, -message.keep :] if message.keep else wanted
         self._answer = [wanted] if more and message.keep else self._answer
         if not more:
-            answer = wire.Output(message.session, message.epoch, message.number, tensors.spec_of(wanted))
-            self.client.send(answer, tensors.encode([wanted]), unheard)
+            spec = tensors.spec_of(wanted, self.rounding or "float32")
+            answer = wire.Output(message.session, message.epoch, message.number, spec)
+            self.client.send(answer, tensors.encode([wanted], [spec]), unheard)
             self._answer = []
 
     def keep(self, step: StepInput, output: torch.Tensor) -> None:
@@ -219,7 +224,7 @@ class ServedSession:
                 piece.mask,
                 since=spare.mark.number,
             )
-            header, body = step_message(self.key, self.epoch, self._end, 0, step, spare.hops)
+            header, body = step_message(self.key, self.epoch, self._end, 0, step, self.rounding, spare.hops)
             spare.outlet.send(header, body, failed)
         spare.mark = history.mark
 
@@ -240,9 +245,16 @@ def unheard(error: RemoteError) -> None:
 
 
 def step_message(
-    key: bytes, epoch: int, block: int, keep: int, step: StepInput, replay: int = 0, more: bool = False
+    key: bytes,
+    epoch: int,
+    block: int,
+    keep: int,
+    step: StepInput,
+    rounding: Rounding | None = None,
+    replay: int = 0,
+    more: bool = False,
 ) -> tuple[wire.Step, Sequence[Buffer]]:
-    """A step as it goes to the next hop."""
+    """A step as it goes to the next hop, its hidden states rounded so."""
     extras = [extra for extra in (step.position_ids, step.mask) if extra is not None]
     header = wire.Step(
         key,
@@ -250,7 +262,7 @@ def step_message(
         step.number,
         step.position,
         keep,
-        tensors.spec_of(step.hidden),
+        tensors.spec_of(step.hidden, rounding or "float32"),
         step.rows,
         None if step.position_ids is None else tensors.spec_of(step.position_ids),
         None if step.mask is None else tensors.spec_of(step.mask),
@@ -259,7 +271,7 @@ def step_message(
         step.since or 0,
         block,
     )
-    return header, tensors.encode([step.hidden, *extras])
+    return header, tensors.encode([step.hidden, *extras], header.specs())
 
 
 def step_input(message: wire.Step, body: memoryview) -> StepInput:

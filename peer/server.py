@@ -35,8 +35,10 @@ from swarm.errors import (
     WrongModel,
     to_wire,
 )
+from swarm.rounding import choose
 from swarm.rpc import Link, Reply, Rpc
 from swarm.types import ModelId, SessionId, Span
+from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,10 @@ class Server:
         leases: Leases,
         model: ModelId,
         clock: Callable[[], float] = time.monotonic,
+        rounding: Rounding = "auto",
     ) -> None:
         self._rpc = rpc
+        self._rounding = rounding  # of what is passed on, where clients leave that to us
         self._stage = stage
         self._executor = executor
         self._engine = Engine(stage, executor, clock)
@@ -144,7 +148,10 @@ class Server:
             if session.state.number == 0:
                 self._forget(key)
             raise
-        return wire.SessionOpened(self._leases.duration, session.state.number, session.state.length)
+        if session.rounding is None:
+            outlet = session.next or session.client
+            session.rounding = await choose(self._rpc, outlet.link, message.rounding, self._rounding)
+        return wire.SessionOpened(self._leases.duration, session.state.number, session.state.length, session.rounding)
 
     async def _admit(self, key: SessionId, link: Link, message: wire.OpenSession) -> ServedSession:
         if self.draining:

@@ -106,6 +106,14 @@ Mix = Annotated[
         "--mix", metavar="", help="Let exact and quantized peers take over from each other in the middle of an answer."
     ),
 ]
+WireDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How hidden states travel: float32; bfloat16 or int8, rounded; auto: rounded only on slow links to other "
+        "networks.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
@@ -147,6 +155,7 @@ def generate(
     speculate: SpeculateHow = "auto",
     exact: Exact = False,
     mix: Mix = False,
+    wire_dtype: WireDtype = "auto",
     of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
@@ -159,7 +168,8 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        with _talking_to(model_name, initial_peers, wait, standby, speculate, exact, mix, of_run) as conversation:
+        precision = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype}
+        with _talking_to(model_name, initial_peers, wait, standby, speculate, of_run, **precision) as conversation:
             options = _options(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), _page.write, **options)
             _page.write("\n")
@@ -182,6 +192,7 @@ def chat(
     speculate: SpeculateHow = "auto",
     exact: Exact = False,
     mix: Mix = False,
+    wire_dtype: WireDtype = "auto",
     of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
@@ -191,7 +202,9 @@ def chat(
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
     with (
         errors_told(),
-        _talking_to(model_name, initial_peers, wait, standby, speculate, exact, mix, of_run) as conversation,
+        _talking_to(
+            model_name, initial_peers, wait, standby, speculate, of_run, exact=exact, mix=mix, wire_dtype=wire_dtype
+        ) as conversation,
     ):
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
@@ -305,11 +318,17 @@ def perplexity(
     wait: Wait = 0.0,
     exact: Exact = False,
     mix: Mix = False,
+    wire_dtype: WireDtype = "auto",
     verbose: Verbose = False,
 ) -> None:
     """How well the swarm predicts a text; lower is better. For comparing peers that keep weights differently."""
     set_up_logging(verbose)
-    with errors_told(), _talking_to(model_name, initial_peers, wait, 0, "off", exact=exact, mix=mix) as conversation:
+    with (
+        errors_told(),
+        _talking_to(
+            model_name, initial_peers, wait, 0, "off", exact=exact, mix=mix, wire_dtype=wire_dtype
+        ) as conversation,
+    ):
         from swarm.perplexity import default_text, measure, read_text, windows_of
 
         read: Any = conversation.tokenizer(default_text() if text is None else read_text(text), verbose=False)
@@ -339,9 +358,8 @@ def _talking_to(
     wait: float,
     standby: int,
     speculate: str,
-    exact: bool,
-    mix: bool,
     of_run: Path | None = None,
+    **precision: Any,
 ) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     from swarm.speculation import Speculate
@@ -352,7 +370,7 @@ def _talking_to(
         if of_run is not None:
             conversation = _with_run(of_run, initial_peers, wait, standby, bars)
         else:
-            conversation = _with_model(model_name, initial_peers, wait, standby, speculate, exact, mix, bars)
+            conversation = _with_model(model_name, initial_peers, wait, standby, speculate, bars, **precision)
     finally:
         bars.stop()
     try:
@@ -380,9 +398,8 @@ def _with_model(
     wait: float,
     standby: int,
     speculate: str,
-    exact: bool,
-    mix: bool,
     bars: ProgressBars,
+    **precision: Any,
 ) -> Conversation:
     bars(f"joining the swarm of {model_name}", 0, 0)
     from swarm.hub import resolve
@@ -398,8 +415,7 @@ def _with_model(
         wait=wait,
         standby=standby,
         speculate=speculate,
-        exact=exact,
-        mix=mix,
+        **precision,
         on_quantized=_tell_quantized,
         on_missing=_tell_missing,
     )

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -29,6 +29,7 @@ from swarm.session import StepMeta
 from swarm.speculation import Speculate
 from swarm.swarm_cache import SwarmCache
 from swarm.types import ModelId, Span
+from swarm.wire import Rounding
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -68,6 +69,7 @@ class Chain:
         self.waiting = waiting
         self.standby = standby
         self.precision = Precision.STEADY
+        self.rounding: Rounding = "auto"
         self.on_quantized: Quantized = warn_quantized
         self._told: dict[str, list[Span]] = {}  # which blocks are quantized, as the user knows
         self.speculate = speculate
@@ -125,6 +127,7 @@ class Chain:
                 standby=self.standby,
                 precision=self.precision,
                 on_quantized=self._quantized,
+                rounding=self.rounding,
             )
             cache.bind(session, self.background)
         assert cache.session is not None
@@ -268,6 +271,7 @@ class SwarmModelForCausalLM:
         speculate: str = "off",
         exact: bool = False,
         mix: bool = False,
+        wire_dtype: Rounding = "auto",
         on_quantized: Quantized = warn_quantized,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
@@ -286,6 +290,9 @@ class SwarmModelForCausalLM:
                 any, quantized ones for the blocks that would be missing otherwise, and in the middle of an answer only
                 peers of the same kind take over from those that fail.
             mix: use whoever is fastest, and let peers take over from those of another kind.
+            wire_dtype: how hidden states travel: "float32" as they are; "bfloat16" in half of the bytes or "int8" in a
+                quarter, rounded; "auto" rounded only on links to other networks that are slow, of which the log tells,
+                and not at all with `exact`.
             on_quantized: told which blocks quantized peers run, each time that changes; by default, the log is.
             on_missing: told which blocks are waited for, each time they change.
 
@@ -299,6 +306,8 @@ class SwarmModelForCausalLM:
             dtype = _dtype_named(dtype)
         drafts = Speculate.parse(speculate)
         precision = _precision(exact, mix)
+        if wire_dtype not in get_args(Rounding):
+            raise UsageError(f"--wire-dtype {wire_dtype}: there are {', '.join(get_args(Rounding))}")
         folder = resolve(str(name))
         checkpoint = Checkpoint(folder)
         background = BackgroundLoop()
@@ -308,6 +317,7 @@ class SwarmModelForCausalLM:
             waiting = Waiting(wait, failover_wait, on_missing)
             chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
             chain.precision, chain.on_quantized = precision, on_quantized
+            chain.rounding = "float32" if exact and wire_dtype == "auto" else wire_dtype
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin())

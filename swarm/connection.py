@@ -327,6 +327,12 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._watched_frames = self._reader.frames if self._reader.waiting else -1
         self._watch = self._loop.call_later(self._limits.frame, self._watch_frames)
 
+    @property
+    def host(self) -> str:
+        """Part of `swarm.interfaces.Connection`."""
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return str(name[0]) if name else ""
+
     def close(self, error: RemoteError | None = None) -> None:
         """End the connection, telling the other side why. A second call does nothing."""
         if self._error is not None:

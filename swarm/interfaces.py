@@ -25,6 +25,10 @@ class Connection(Protocol):
 
     peer: PeerId
 
+    @property
+    def host(self) -> str:
+        """The IP address of the other side; "" where it is in this process."""
+
     def attach(self, receiver: Receiver) -> None:
         """Tell `receiver` what comes in, from the first message on."""
 

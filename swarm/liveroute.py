@@ -19,8 +19,10 @@ from swarm.errors import DeadlineExceeded, Forgotten, NoRoute, RemoteError
 from swarm.history import History, Mark, Piece
 from swarm.pace import Pace
 from swarm.place import Place, step_header
+from swarm.rounding import choose
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, ModelId, PeerId, Route, SessionId, Span
+from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,9 @@ class LiveRoute:
         epoch: grows with every attempt; what is left over from an earlier one is dropped by everybody.
         replayed: positions that some hop has to run again before the step under way.
         queue: seconds to wait for room at a hop that is full; 0 to be refused at once, and ask another.
+        rounding: what may be done to hidden states on their way.
+        sending: what is done to those that we send; None before the first.
+        told: which senders the user knows to round what they send.
     """
 
     def __init__(
@@ -92,6 +97,9 @@ class LiveRoute:
         self.epoch = 0
         self.replayed = 0
         self.queue = 0.0
+        self.rounding: Rounding = "float32"
+        self.sending: Rounding | None = None
+        self.told: set[tuple[str, Rounding]] = set()
         self.places: list[Place] = []
         self.pace = Pace()
         self.blame = blame
@@ -280,7 +288,16 @@ class LiveRoute:
         endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
         span = place.hop.span
         terms = wire.OpenSession(
-            self.key, self._model, span.start, span.end, self._batch, self.max_length, endpoint, self.epoch, self.queue
+            self.key,
+            self._model,
+            span.start,
+            span.end,
+            self._batch,
+            self.max_length,
+            endpoint,
+            self.epoch,
+            self.queue,
+            self.rounding,
         )
         seconds = OPEN_SECONDS if self.blame.trouble is None else FAILOVER_SECONDS
         if place.lives and place.after == after:
@@ -288,6 +305,17 @@ class LiveRoute:
         seconds += self.queue
         lease = await place.open_session(self._rpc, terms, after, self._lost, seconds)
         self._lease = min(lease, self._lease or lease)
+        assert place.link is not None
+        if self.sending is None and place is self.places[0]:
+            self.sending = await choose(self._rpc, place.link, self.rounding)
+            self._tell_of("ourselves", self.sending)
+        self._tell_of(place.peer[-6:], place.rounding)
+
+    def _tell_of(self, sender: str, rounding: Rounding) -> None:
+        """Where hidden states are rounded, and nobody has asked for that, the user is told: once of each sender."""
+        if self.rounding == "auto" and rounding != "float32" and (sender, rounding) not in self.told:
+            self.told.add((sender, rounding))
+            log.warning("a slow link, hidden states are rounded there from=%s to=%s", sender, rounding)
 
     async def _replay(self, number: int, position: int, history: History) -> None:
         """Bring every place that is behind to `position`, from the nearest one before it that remembers."""
@@ -318,7 +346,8 @@ class LiveRoute:
         self, first: Place, number: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
     ) -> None:
         """Send a step to the peer at a place. Raises `Unreachable` or `DeadlineExceeded`."""
-        header = step_header(self.key, self.epoch, number, first.hop.span.start, piece, keep, replay, since)
+        block, rounding = first.hop.span.start, self.sending or "float32"
+        header = step_header(self.key, self.epoch, number, block, piece, rounding, keep, replay, since)
         await first.send(header, piece, self.pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1]))
 
     # --- living and ending -----------------------------------------------------------------------------------------

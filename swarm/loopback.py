@@ -305,6 +305,11 @@ class LoopbackConnection:
         transport.connections.append(self)
 
     @property
+    def host(self) -> str:
+        """Part of `swarm.interfaces.Connection`."""
+        return ""
+
+    @property
     def closed(self) -> bool:
         """Whether it is over."""
         return self._error is not None

@@ -25,6 +25,7 @@ from swarm.rpc import Rpc
 from swarm.session import Session, Sessions
 from swarm.transport import TcpTransport
 from swarm.types import Coordinate, ModelId, Offer, PeerId, Route, Span
+from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +123,16 @@ class Network:
         standby: int = 0,
         precision: Precision = Precision.STEADY,
         on_quantized: Quantized = warn_quantized,
+        rounding: Rounding = "float32",
     ) -> Session:
         """A session of `batch` rows and up to `max_length` positions; its first step opens it.
 
-        `standby` is how many spares follow at each hop, `precision` says which peers will do.
+        `standby` is how many spares follow at each hop, `precision` says which peers will do,
+        `rounding` what may be done to hidden states on their way.
         """
         find = _Finder(self, model, num_blocks, batch * max_length, waiting, Kinds(precision), on_quantized)
         session = Session(self.sessions, model, num_blocks, find, batch, max_length, standby, waiting.first)
+        session.round(rounding)
         find.begun = lambda: session.length > 0
         return session
 

@@ -11,6 +11,7 @@ from swarm.errors import DeadlineExceeded, Malformed, RemoteError, Unreachable
 from swarm.history import Mark, Piece
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, PeerId, SessionId
+from swarm.wire import Rounding
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,7 @@ class Place:
     failed: bool = False  # another peer has to take its place
     mark: Mark = field(default_factory=Mark)  # how far it is, as it said when the session was opened there
     told: Mark = field(default_factory=Mark)  # how far we told it, where it follows as a spare of the first hop
+    rounding: Rounding = "float32"  # of what it passes on
     spares: list[list[Place]] = field(default_factory=list)  # who follows, ready to take over: one or several together
 
     @property
@@ -66,7 +68,7 @@ class Place:
         if self.link is not None and self.link is not link:
             self.link.unwatch(lost)
         self.link, self.after, self.open = link, after, True
-        self.mark = Mark(opened.number, opened.length)
+        self.mark, self.rounding = Mark(opened.number, opened.length), opened.rounding
         link.watch(lost)
         return opened.lease
 
@@ -92,7 +94,8 @@ class Place:
         """Send a step. Raises `Unreachable` or `DeadlineExceeded`."""
         if self.link is None or self.link.error is not None:
             raise Unreachable("the connection was lost")
-        body = tensors.encode([each for each in (piece.hidden, piece.position_ids, piece.mask) if each is not None])
+        parts = [each for each in (piece.hidden, piece.position_ids, piece.mask) if each is not None]
+        body = tensors.encode(parts, step.specs())
         if self.link.try_notify(step, body):
             return
         try:
@@ -106,9 +109,17 @@ class Place:
 
 
 def step_header(
-    key: SessionId, epoch: int, number: int, block: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
+    key: SessionId,
+    epoch: int,
+    number: int,
+    block: int,
+    piece: Piece,
+    rounding: Rounding,
+    keep: int = 0,
+    replay: int = 0,
+    since: int = 0,
 ) -> wire.Step:
-    """What is said of a step beside its tensors."""
+    """What is said of a step beside its tensors, of which the hidden states are sent rounded so."""
     ids, mask = piece.position_ids, piece.mask
     return wire.Step(
         key,
@@ -116,7 +127,7 @@ def step_header(
         number,
         piece.position,
         keep,
-        tensors.spec_of(piece.hidden),
+        tensors.spec_of(piece.hidden, rounding),
         piece.rows,
         None if ids is None else tensors.spec_of(ids),
         None if mask is None else tensors.spec_of(mask),

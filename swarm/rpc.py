@@ -71,12 +71,18 @@ class Link:
         self._heard = 0  # messages
         self._given_up = False
         self.error: RemoteError | None = None  # why the link is gone, None while it lives
+        self.speed: float | None = None  # bytes per second, where somebody has measured it
         self._watchers: list[Callable[[Link], None]] = []
 
     @property
     def peer(self) -> PeerId:
         """Who is at the other end, proven."""
         return self._connection.peer
+
+    @property
+    def host(self) -> str:
+        """The IP address of the other end; "" where it is in this process."""
+        return self._connection.host
 
     # --- our calls -------------------------------------------------------------------------------------------------
 

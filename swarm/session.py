@@ -39,6 +39,7 @@ from swarm.liveroute import LiveRoute, RouteFinder
 from swarm.rpc import Link, Rpc
 from swarm.standby import Standby
 from swarm.types import ModelId, PeerId, Route, SessionId, Span
+from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Sessions:
     def __init__(self, rpc: Rpc) -> None:
         self.rpc = rpc
         self.avoidance = Avoidance()
+        self.told: set[tuple[str, Rounding]] = set()  # which senders the user knows to round hidden states
         self._sessions: dict[SessionId, Session] = {}
         rpc.listen(wire.Output, self._output)
         rpc.listen(wire.StepFailed, self._failed)
@@ -141,6 +143,10 @@ class Session:
     def failovers(self) -> int:
         """How often places on the route were given to other peers."""
         return self._live.failovers
+
+    def round(self, rounding: Rounding) -> None:
+        """What may be done to hidden states on their way; to be said before the first step."""
+        self._live.rounding, self._live.told = rounding, self._owner.told
 
     # --- a step ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgpack
 import msgspec
@@ -24,6 +24,10 @@ MAX_BATCH = 1024  # rows of a session
 MAX_POSITIONS = 1 << 24  # positions of a session
 MAX_TIMEOUT = 3600.0  # seconds
 ALIGNMENT = 8  # bytes; every dtype below divides it
+
+BLOCKWISE = "int8x64"  # how hidden states of 8 bits are called: a scale (bfloat16) for each 64 along the last dimension
+BLOCK_VALUES = 64
+Rounding = Literal["auto", "float32", "bfloat16", "int8"]  # of hidden states on their way
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -49,6 +53,11 @@ class TensorSpec(Message):
 
     def nbytes(self) -> int:
         """Bytes in the body, without padding. Raises `BadTensor` for a dtype that does not travel."""
+        if self.dtype == BLOCKWISE:
+            if not self.shape:
+                raise BadTensor(f"a single value does not travel as {BLOCKWISE}")
+            *outer, size = self.shape
+            return math.prod(outer) * (size + 2 * -(-size // BLOCK_VALUES))
         if self.dtype not in ITEM_SIZES:
             raise BadTensor(f"tensors of dtype {self.dtype!r} do not travel")
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
@@ -117,6 +126,7 @@ class OpenSession(Message, tag="open"):
     next: Endpoint | None  # who runs the following blocks; None for the last hop, which answers the client
     epoch: Count = 0
     wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT)] = 0.0  # seconds
+    rounding: Rounding = "float32"  # what may be done to the hidden states that the peer passes on
 
 
 class SessionOpened(Message, tag="opened"):
@@ -125,6 +135,7 @@ class SessionOpened(Message, tag="opened"):
     lease: Lease
     number: Count  # of the last step that the peer has run in this session, 0 where it is new to it
     length: Position  # positions that it holds
+    rounding: Rounding = "float32"  # of what it passes on, to the end of the session
 
 
 class KeepAlive(Message, tag="alive"):

@@ -56,6 +56,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "identity": ("/tmp/key", Path("/tmp/key")),
     "device": ("cuda", "cuda"),
     "dtype": ("bfloat16", "bfloat16"),
+    "wire_dtype": ("int8", "int8"),
     "quantize": ("int4", "int4"),
     "cache_tokens": ("4096", 4096),
     "lease_seconds": ("2.5", 2.5),

@@ -59,6 +59,8 @@ def _of(info: Any) -> st.SearchStrategy[Any]:
             return st.one_of(*map(_of, info.types))
         case msgspec.inspect.StructType():
             return st.builds(info.cls, *(_of(field.type) for field in info.fields))
+        case msgspec.inspect.LiteralType(values=values):
+            return st.sampled_from(values)
     raise AssertionError(f"no values for {info}")
 
 
@@ -115,6 +117,8 @@ def _sample(info: Any) -> Any:
         case msgspec.inspect.StructType():
             tag = [] if info.tag is None else [info.tag]
             return [*tag, *(_sample(field.type) for field in info.fields)]
+        case msgspec.inspect.LiteralType(values=values):
+            return values[0]
     raise AssertionError(f"no value for {info}")
 
 
