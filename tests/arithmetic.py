@@ -98,12 +98,19 @@ _TABLE = (torch.arange(VOCABULARY * HIDDEN).reshape(VOCABULARY, HIDDEN) * 265443
 _HEAD = torch.arange(HIDDEN * VOCABULARY).reshape(HIDDEN, VOCABULARY) * 40503 % 3989
 
 
-def embedded(ids: torch.Tensor) -> torch.Tensor:
-    """[B, N] token ids as the hidden states that go into the first block, [B, N, H]."""
-    return _TABLE[ids]
+class ArithmeticEnds:
+    """The embeddings and the head."""
+
+    vocabulary = VOCABULARY
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, N] token ids as the hidden states that go into the first block, [B, N, H]."""
+        return _TABLE[ids]
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, N, H] as the logarithms of probabilities of the next token, [B, N, V]."""
+        values: Any = hidden.to(torch.int64) @ _HEAD % _PRIME
+        return torch.log_softmax(values.to(torch.float64) / _PRIME * 6.0, dim=-1)
 
 
-def scores(hidden: torch.Tensor) -> torch.Tensor:
-    """[B, N, H] as the logarithms of probabilities of the next token, [B, N, V]."""
-    values: Any = hidden.to(torch.int64) @ _HEAD % _PRIME
-    return torch.log_softmax(values.to(torch.float64) / _PRIME * 6.0, dim=-1)
+ARITHMETIC = ArithmeticEnds()

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from decoding import Decoding
@@ -32,14 +33,17 @@ class Schedule:
 
     In a *survivable* one, some route of peers meets with nothing that lasts: the answer must come. In another, all
     hosts of some block die for good: the answer must come, or the error that names the block.
+
+    Args:
+        whole: how many blocks the model has; by lot, if it is none that is given in `options`.
     """
 
-    def __init__(self, seed: int, **options: object) -> None:
+    def __init__(self, seed: int, whole: int = 0, **options: Any) -> None:
         self.seed = seed
         self.chance = chance = random.Random(seed)
         self.doomed: Span | None = None
         hops = chance.randint(2, 6)
-        blocks = chance.randint(hops, 8)
+        blocks = whole or chance.randint(hops, 8)
         edges = [0, *sorted(chance.sample(range(1, blocks), hops - 1)), blocks]
         self.route = [Span(a, b) for a, b in itertools.pairwise(edges)]
         spans = [*self.route, *(self._replica(blocks) for _ in range(chance.randint(hops, 2 * hops)))]

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from arithmetic import ArithmeticModel
-from decoding import Decoding, Undisturbed
+from arithmetic import ARITHMETIC, ArithmeticModel
+from decoding import Decoding, Ends, Undisturbed
 
 from peer.cache import Leases
 from peer.server import Server
@@ -219,8 +219,9 @@ class Outcome:
 class _Watched:
     """A session whose steps are counted and timed."""
 
-    def __init__(self, session: Session, outcome: Outcome, before: Callable[[int], None]) -> None:
+    def __init__(self, session: Session, ends: Ends, outcome: Outcome, before: Callable[[int], None]) -> None:
         self.session = session
+        self.ends = ends
         self._outcome = outcome
         self._before = before
         self._count = 0
@@ -261,11 +262,13 @@ class VirtualSwarm:
         latency: float = 0.005,
         cache_tokens: int = 20_000,
         load: Load = ArithmeticModel,
+        ends: Ends = ARITHMETIC,
     ) -> None:
         self.spans = list(spans)
         self.blocks = blocks or max(span.end for span in spans)
         self.cache_tokens = cache_tokens
         self.load = load
+        self.ends = ends
         self.peers: dict[int, VirtualPeer] = {}
         self.faults: list[Fault] = []
         self.drained: list[bool] = []
@@ -411,7 +414,7 @@ class VirtualSwarm:
 
     async def _generate(self, number: int, client: Client) -> Outcome:
         decoding = client.decoding
-        outcome = Outcome(await decoding.run(Undisturbed(self.blocks, decoding.batch)))
+        outcome = Outcome(await decoding.run(Undisturbed(self.blocks, decoding.batch, self.load, self.ends)))
         network = self.clients[number]
         session = network.session(
             MODEL,
@@ -423,7 +426,7 @@ class VirtualSwarm:
         )
         before = self._before if number == 0 else lambda step: None
         try:
-            outcome.tokens = await decoding.run(_Watched(session, outcome, before))
+            outcome.tokens = await decoding.run(_Watched(session, self.ends, outcome, before))
         except ShoalError as error:
             outcome.error = error
         outcome.ended = asyncio.get_running_loop().time()
