@@ -100,10 +100,18 @@ class Stage:
         model: the blocks.
         tokens: positions that the pool has room for, of all sessions together.
         dtype: of what the pool keeps; None for the blocks' own.
+        padded: whether short steps attend together, as on a GPU; None for what suits the device.
     """
 
-    def __init__(self, model: StageModel, tokens: int = DEFAULT_TOKENS, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: StageModel,
+        tokens: int = DEFAULT_TOKENS,
+        dtype: torch.dtype | None = None,
+        padded: bool | None = None,
+    ) -> None:
         self.model = model
+        self._padded = padded
         self.span = model.span
         self.ran = 0  # tokens that went through the blocks
         self.reused = 0  # tokens that did not have to
@@ -229,7 +237,7 @@ class Stage:
             hidden.append(rest.hidden.reshape(1, -1, model.hidden_size).to(device, model.dtype))
         together = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
         if parts:
-            batch = Batch(parts, self.pool, model.span.start - self.span.start)
+            batch = Batch(parts, self.pool, model.span.start - self.span.start, self._padded)
             output = model.forward_batch(together, torch.tensor([positions], device=device), batch)
         else:
             output = together

@@ -57,6 +57,11 @@ class Pool:
         keys, values = self._layers[layer]
         return _taken(keys, runs, dtype), _taken(values, runs, dtype)
 
+    def gather(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, N, width] of these slots, [N] of int64: copied."""
+        keys, values = self._layers[layer]
+        return keys.index_select(1, slots).to(dtype), values.index_select(1, slots).to(dtype)
+
     def copy(self, pairs: Sequence[tuple[Run, int]]) -> None:
         """Let what is in each run of slots also be in those from the given slot on."""
         for kept in (kept for layer in self._layers.values() for kept in layer):

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,10 +24,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.errors import CannotCut
+from swarm.padded import Padded, Wanted
 from swarm.pool import Pool, Run
 
 NAME = "shoal_ragged"
 """What transformers knows our attention and masks by."""
+
+_SHORT = 16  # positions of a part that is padded with others, at most
 
 _IMPLEMENTATION = "_attn_implementation_internal"
 """Where a config keeps the name of the attention to use."""
@@ -65,12 +69,15 @@ class Batch:
         parts: their new positions stand one after another in the hidden states.
         pool: where keys and values are.
         first: which layer of the pool is the first block's.
+        padded: whether short parts attend together, padded to the longest (see `swarm.padded`), instead of one by one;
+            None for what suits the device.
     """
 
-    def __init__(self, parts: Sequence[Part], pool: Pool, first: int = 0) -> None:
+    def __init__(self, parts: Sequence[Part], pool: Pool, first: int = 0, padded: bool | None = None) -> None:
         self.parts = parts
         self.pool = pool
         self.first = first
+        self.padded = pool.device.type != "cpu" if padded is None else padded
         self.bounds: list[Run] = []  # of each part's new positions, in the hidden states
         end = 0
         for part in parts:
@@ -110,12 +117,19 @@ class _View:
     causal: bool
     added: torch.Tensor | None = None
 
-    def bias(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def bias(self, groups: int, like: torch.Tensor) -> torch.Tensor | None:
         """The mask as what is added to the scores [groups * count, N]: made once, used by every block."""
         if self.mask is not None and (self.added is None or self.added.shape[0] != groups * len(self.mask)):
-            added = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-            self.added = added.masked_fill_(~self.mask, -torch.inf).repeat(groups, 1)
+            added = torch.zeros(self.mask.shape, dtype=like.dtype)
+            self.added = added.masked_fill_(~self.mask, -torch.inf).repeat(groups, 1).to(like.device)
         return self.added
+
+    def whole(self) -> torch.Tensor | None:
+        """The mask [count, N], of a causal view too."""
+        if not self.causal:
+            return self.mask
+        count = sum(last - first for first, last in self.runs)
+        return torch.ones(count, count, dtype=torch.bool).tril()
 
 
 class Sight:
@@ -125,26 +139,47 @@ class Sight:
         self.rule = rule
         self._batch: Batch | None = None
         self._views: list[_View] = []
+        self._padded: Padded | None = None
+        self._alone: list[int] = []
 
     def views(self, batch: Batch) -> list[_View]:
         """One for each part of `batch`."""
-        if self._batch is not batch:
-            self._batch, self._views = batch, [self._view(part, batch.pool.device) for part in batch.parts]
+        self._know(batch)
         return self._views
 
-    def _view(self, part: Part, device: torch.device) -> _View:
-        plain = self.rule is _CAUSAL and part.real is None
-        if plain and (part.count == 1 or part.start == 0):
-            return _View(part.runs, None, causal=part.count > 1)
-        queries = torch.arange(part.start, part.end, device=device)[:, None]
-        seen = self.rule(0, 0, queries, torch.arange(part.end, device=device)[None, :])
-        seen = seen.expand(part.count, part.end)
-        if part.real is not None:
-            seen = seen & part.real.to(device)
-        any_sees = seen.any(0).nonzero()
-        first = int(any_sees[0]) if len(any_sees) else 0  # windows and padding: what nobody sees is not even read
-        mask = seen[:, first:]
-        return _View(between(part.runs, first, part.end), None if bool(mask.all()) else mask, causal=False)
+    def together(self, batch: Batch) -> Padded | None:
+        """The short parts, where it is worth to have them attend together."""
+        self._know(batch)
+        return self._padded
+
+    def alone(self, batch: Batch) -> list[int]:
+        """Which parts attend one by one."""
+        self._know(batch)
+        return self._alone
+
+    def _know(self, batch: Batch) -> None:
+        if self._batch is batch:
+            return
+        self._batch, self._views = batch, [_view(self.rule, part) for part in batch.parts]
+        short = [index for index, part in enumerate(batch.parts) if part.count <= _SHORT] if batch.padded else []
+        short = short if len(short) > 1 else []
+        wanted = [Wanted(batch.bounds[each], self._views[each].runs, self._views[each].whole()) for each in short]
+        self._padded = Padded(wanted, batch.pool.device) if wanted else None
+        self._alone = [index for index in range(len(batch.parts)) if index not in short]
+
+
+def _view(rule: Rule, part: Part) -> _View:
+    """What a part sees under a rule. Made on the host: the answers decide what is read."""
+    if rule is _CAUSAL and part.real is None and (part.count == 1 or part.start == 0):
+        return _View(part.runs, None, causal=part.count > 1)
+    seen = rule(0, 0, torch.arange(part.start, part.end)[:, None], torch.arange(part.end)[None, :])
+    seen = seen.expand(part.count, part.end)
+    if part.real is not None:
+        seen = seen & part.real
+    any_sees = seen.any(0).nonzero()
+    first = int(any_sees[0]) if len(any_sees) else 0  # windows and padding: what nobody sees is not even read
+    mask = seen[:, first:]
+    return _View(between(part.runs, first, part.end), None if bool(mask.all()) else mask, causal=False)
 
 
 class RaggedCache(cache_utils.DynamicCache):
@@ -215,17 +250,56 @@ def attend(
     layer = cast(int, module.layer_idx) + batch.first
     batch.pool.write(layer, batch.where, key, value)
     inner = _inner(module, batch.inner, extras)
-    outputs = []
-    for (start, end), view in zip(batch.bounds, attention_mask.views(batch), strict=True):
-        keys, values = batch.pool.read(layer, view.runs, query.dtype)
-        asked = query if end - start == batch.tokens else query[:, :, start:end]
-        if inner is None:
-            outputs.append(_plain(asked, keys, values, view, scaling))
-        else:
-            mask = _shaped(view, asked, keys, batch.inner)
-            output, _ = inner(module, asked, keys, values, mask, scaling=scaling, dropout=0.0, **extras)
-            outputs.append(output)
+    if (padded := attention_mask.together(batch)) is not None:
+        output = query.new_empty(1, batch.tokens, query.shape[1], value.shape[3])
+        own = None if inner is None else partial(_own, inner, module, scaling, extras)
+        output[0, padded.tokens] = padded.attend(query, batch.pool, layer, scaling, own)
+        for index in attention_mask.alone(batch):
+            start, end = batch.bounds[index]
+            output[:, start:end] = _one(batch, index, layer, module, query, attention_mask, scaling, inner, extras)
+        return output, None
+    outputs = [
+        _one(batch, index, layer, module, query, attention_mask, scaling, inner, extras)
+        for index in range(len(batch.parts))
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+
+
+def _one(
+    batch: Batch,
+    index: int,
+    layer: int,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    sight: Sight,
+    scaling: float | None,
+    inner: Callable[..., Any] | None,
+    extras: dict[str, Any],
+) -> torch.Tensor:
+    """What comes of one part, [1, count, heads, width]."""
+    (start, end), view = batch.bounds[index], sight.views(batch)[index]
+    keys, values = batch.pool.read(layer, view.runs, query.dtype)
+    asked = query if end - start == batch.tokens else query[:, :, start:end]
+    if inner is None:
+        return _plain(asked, keys, values, view, scaling)
+    mask = view.whole()
+    added = None if mask is None else _added(mask, query)
+    return _own(inner, module, scaling, extras, asked, keys, values, added)
+
+
+def _own(
+    inner: Callable[..., Any],
+    module: torch.nn.Module,
+    scaling: float | None,
+    extras: dict[str, Any],
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    added: torch.Tensor | None,
+) -> torch.Tensor:
+    """The family's own function, with a mask that is added to the scores, [B, 1, N, L]."""
+    output: torch.Tensor = inner(module, query, keys, values, added, scaling=scaling, dropout=0.0, **extras)[0]
+    return output
 
 
 def _plain(
@@ -242,7 +316,7 @@ def _plain(
             keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         output = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
         return output.transpose(1, 2)
-    mask = view.bias(groups, query.dtype)
+    mask = view.bias(groups, query)
     packed = query.reshape(1, keys.shape[1], groups * count, width)
     output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
     return output.reshape(1, heads, count, values.shape[3]).transpose(1, 2)
@@ -262,17 +336,10 @@ def _missing(*_: Any, **__: Any) -> Any:
     raise CannotCut("its own attention function is not to be found")
 
 
-def _shaped(view: _View, query: torch.Tensor, keys: torch.Tensor, name: str) -> torch.Tensor | None:
-    """The part's mask as transformers' own functions take it, [1, 1, count, N]."""
-    mask = view.mask
-    if view.causal:
-        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
-    if mask is None:
-        return None
-    if name == "sdpa":
-        return mask[None, None]
-    added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    return added.masked_fill_(~mask, torch.finfo(query.dtype).min)[None, None]
+def _added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask [N, L] as transformers' own functions take it, [1, 1, N, L]."""
+    added = torch.zeros(mask.shape, dtype=like.dtype)
+    return added.masked_fill_(~mask, torch.finfo(like.dtype).min)[None, None].to(like.device)
 
 
 def _sight(*, mask_function: Rule, attention_mask: Any = None, use_vmap: bool = False, **_: Any) -> Sight:

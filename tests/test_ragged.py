@@ -37,8 +37,9 @@ def begun(stage: Stage, hidden: torch.Tensor, max_length: int = 64, span: Span |
     return state
 
 
-def test_prefills_and_decodes_of_several_sessions_run_together(model: StageModel) -> None:
-    stage = Stage(model, 256)
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefills_and_decodes_of_several_sessions_run_together(model: StageModel, padded: bool) -> None:
+    stage = Stage(model, 256, padded=padded)
     old, beams, new = begun(stage, states(20)), begun(stage, states(5, 3)), stage.open(stage.span, 2, 30)
     caches = [model.new_cache() for _ in range(3)]
     model.forward(states(20), position=0, cache=caches[0])
