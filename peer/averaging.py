@@ -23,7 +23,6 @@ from peer.feedback import Feedback
 from peer.robust import ROBUST
 from swarm.assignments import Plan
 from swarm.errors import BadTensor, RemoteError, StaleRound
-from swarm.frames import Buffer
 from swarm.parts import parts, sharing
 from swarm.rpc import Link, Reply, Rpc
 from swarm.types import Address, PeerId
@@ -163,20 +162,20 @@ class Attempt:
             self.fail(Lost(unsound=[(peer, str(error))]))
             raise
 
-    async def send(self, peer: PeerId, piece: Piece, body: list[Buffer]) -> None:
+    async def send(self, peer: PeerId, piece: Piece, body: memoryview) -> None:
         """A chunk to another member, until it is taken in there."""
-        size, started = sum(map(len, body)), self._loop.time()
+        started = self._loop.time()
         addresses = [Address(*pair) for pair in self._endpoints[peer].addresses]
         try:
             link = await self.averager.rpc.connect(peer, addresses)
-            await link.call(piece, body, timeout=600.0)  # `_watch` knows better how long to wait
+            await link.call(piece, [body], timeout=600.0)  # `_watch` knows better how long to wait
         except RemoteError as error:
             log.info("cannot send a chunk to=%s error=%r", peer[-6:], str(error))
             self.fail(Lost(suspects=[peer]))
             return
         self.moved(peer)
         if piece.mean:
-            self._rates[peer].append(WINDOW * size / max(self._loop.time() - started, 1e-6))
+            self._rates[peer].append(WINDOW * len(body) / max(self._loop.time() - started, 1e-6))
 
     def fail(self, lost: Lost) -> None:
         """End the attempt."""
@@ -232,7 +231,7 @@ class Exchange:
         self._came: dict[int, dict[PeerId, memoryview]] = defaultdict(dict)  # sums, by the chunk's start
         self._reduced: dict[int, asyncio.Event] = {start: asyncio.Event() for start in self._starts(me)}
         self._means: dict[PeerId, dict[int, bytes]] = {peer: {} for peer in self._shares}  # tags of the chunks
-        self._outgoing: dict[PeerId, asyncio.Queue[tuple[Piece, bytes] | None]] = {
+        self._outgoing: dict[PeerId, asyncio.Queue[tuple[Piece, memoryview] | None]] = {
             peer: asyncio.Queue() for peer in self._others
         }
         self._unsent = {peer: len(self._starts(peer)) for peer in self._others}  # chunks of sums, not yet taken in
@@ -279,22 +278,22 @@ class Exchange:
 
     # --- sums --------------------------------------------------------------------------------------------------------
 
-    def _sums_for(self, owner: PeerId) -> Iterator[tuple[Piece, list[Buffer]]]:
+    def _sums_for(self, owner: PeerId) -> Iterator[tuple[Piece, memoryview]]:
         for start in self._starts(owner):
             count = self._count(owner, start)
             values = self._sums[start : start + count]
             yield self._piece(start, count, mean=False), self._encode(start, values)
 
-    def _encode(self, start: int, values: torch.Tensor) -> list[Buffer]:
+    def _encode(self, start: int, values: torch.Tensor) -> memoryview:
         if self._feedback is None:
             return self._codec.encode(values)
         wanted = self._feedback.added(start, values)
-        body = b"".join(self._codec.encode(wanted))
-        self._codec.decode(memoryview(body), read := torch.empty(len(values)))
+        body = self._codec.encode(wanted)
+        read = self._codec.decode(body, torch.empty(len(values)))
         self._feedback.left_out(start, wanted - read)
-        return [body]
+        return body
 
-    async def _send_sums(self, peer: PeerId, sums: Iterator[tuple[Piece, list[Buffer]]]) -> None:
+    async def _send_sums(self, peer: PeerId, sums: Iterator[tuple[Piece, memoryview]]) -> None:
         for piece, body in sums:
             await self._attempt.send(peer, piece, body)
             self._unsent[peer] -= 1
@@ -329,8 +328,9 @@ class Exchange:
             self._add_up(start, mean, bodies)
         else:
             self._add_up_robustly(start, mean, bodies)
-        body = self._sealed(start, mean)
-        self._take_mean(self._me, start, memoryview(body))
+        self._mean_squared += _squared(mean)
+        body = self._encode(start, mean)
+        self._take_mean(self._me, start, body)
         self._reduced[start].set()
         for queue in self._outgoing.values():
             queue.put_nowait((self._piece(start, count, mean=True), body))
@@ -342,15 +342,12 @@ class Exchange:
                 for _ in range(WINDOW):  # as many as are sending
                     queue.put_nowait(None)
 
-    def _sealed(self, start: int, mean: torch.Tensor) -> bytes:
-        return b"".join(self._encode(start, mean))
-
     def _add_up(self, start: int, mean: torch.Tensor, bodies: Mapping[PeerId, memoryview]) -> None:
-        """The exact mean. In the members' order, so that it does not depend on who was first."""
-        for number, peer in enumerate(self._shares):
-            values = self._values(peer, start, len(mean), bodies)
-            mean.copy_(values) if number == 0 else mean.add_(values)
-        mean.div_(self._plan.samples)
+        """The exact mean: this member's own values, then those of the others in their order, whoever was first."""
+        total = self._values(self._me, start, len(mean), bodies)
+        for peer in self._others:
+            total = torch.add(total, self._values(peer, start, len(mean), bodies), out=mean)
+        torch.mul(total, 1.0 / self._plan.samples, out=mean)
 
     def _add_up_robustly(self, start: int, mean: torch.Tensor, bodies: Mapping[PeerId, memoryview]) -> None:
         """The sum over stages (of a tied embedding: both) of the robust mean of their members' means."""
@@ -367,9 +364,8 @@ class Exchange:
         """A member's sum of a chunk, in memory that the next call overwrites. Whoever sent what is none is told of."""
         values = self._sums[start : start + count]
         if peer != self._me:
-            values = self._scratch[:count]
             try:
-                self._codec.decode(bodies[peer], values)
+                values = self._codec.decode(bodies[peer], self._scratch[:count])
             except BadTensor as error:
                 self._attempt.fail(Lost(unsound=[(peer, str(error))]))
         squared = _squared(values)
@@ -383,15 +379,16 @@ class Exchange:
     async def _send_means(self, peer: PeerId) -> None:
         while (each := await self._outgoing[peer].get()) is not None:
             piece, body = each
-            await self._attempt.send(peer, piece, [body])
+            await self._attempt.send(peer, piece, body)
 
     def _take_mean(self, owner: PeerId, start: int, body: memoryview) -> None:
         if start in self._means[owner]:
             return
         mean = self._mean[start : start + self._count(owner, start)]
-        self._codec.decode(body, mean)
+        values = self._codec.decode(body, mean)
+        if values.data_ptr() != mean.data_ptr():
+            mean.copy_(values)
         self._means[owner][start] = self._mac.encrypt(start.to_bytes(12, "little"), b"", body)
-        self._mean_squared += _squared(mean)
         self._look()
 
     def _look(self) -> None:
@@ -401,7 +398,7 @@ class Exchange:
     # --- what is reported --------------------------------------------------------------------------------------------
 
     def averaged(self) -> Averaged:
-        """What is in `mean` now."""
+        """What is in `mean` now, and the squared norm of this member's part of it."""
         digests: list[tuple[str, bytes]] = []
         for peer, tags in self._means.items():
             joined = b"".join(tags[start] for start in sorted(tags))

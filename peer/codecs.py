@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
 from swarm import tensors
 from swarm.errors import BadTensor
-from swarm.frames import Buffer
 
 CHUNK = 1 << 18  # values
 BLOCK = 256  # values that share a scale in 8 bits
@@ -25,59 +24,58 @@ _LARGEST_EXPONENT = 15  # fp16 values are scaled so that the largest is below 2 
 class Codec(Protocol):
     """One way to write fp32 values."""
 
-    exact: bool
-    """Whether what is read is what was written."""
+    def encode(self, values: torch.Tensor) -> memoryview:
+        """The bytes of `values`, fp32 [n]: a view of them where that will do."""
 
-    def encode(self, values: torch.Tensor) -> list[Buffer]:
-        """The bytes of `values`, fp32 [n]."""
+    def decode(self, body: memoryview, out: torch.Tensor) -> torch.Tensor:
+        """The values in `body`: in `out`, fp32 [n], or a view of `body` where that will do.
 
-    def decode(self, body: memoryview, out: torch.Tensor) -> None:
-        """Read into `out`, fp32 [n]. Raises `BadTensor` where the bytes are not those of n values."""
+        Raises `BadTensor` where the bytes are not those of n values.
+        """
 
 
 class Float32:
     """As it is."""
 
-    exact = True
+    def encode(self, values: torch.Tensor) -> memoryview:
+        return tensors.to_bytes(values)
 
-    def encode(self, values: torch.Tensor) -> list[Buffer]:
-        return [tensors.to_bytes(values)]
-
-    def decode(self, body: memoryview, out: torch.Tensor) -> None:
-        out.copy_(_read(body, torch.float32, len(out)))
+    def decode(self, body: memoryview, out: torch.Tensor) -> torch.Tensor:
+        return _read(body, torch.float32, len(out))
 
 
 class Float16:
     """Half the bytes; a power of two brings each chunk into fp16's range, whatever the gradients' magnitude."""
 
-    exact = False
-
-    def encode(self, values: torch.Tensor) -> list[Buffer]:
+    def encode(self, values: torch.Tensor) -> memoryview:
         scale = _scale(values)
-        return [_SCALE.pack(scale), tensors.to_bytes(values.mul(1.0 / scale).half())]
+        written = torch.empty(_SCALE.size + 2 * len(values), dtype=torch.uint8)
+        torch.mul(values, 1.0 / scale, out=written[_SCALE.size :].view(torch.float16))
+        body = tensors.to_bytes(written)
+        _SCALE.pack_into(body, 0, scale)
+        return body
 
-    def decode(self, body: memoryview, out: torch.Tensor) -> None:
+    def decode(self, body: memoryview, out: torch.Tensor) -> torch.Tensor:
         if len(body) < _SCALE.size:
             raise BadTensor("a chunk without its scale")
         (scale,) = _SCALE.unpack_from(body)
         if not 0.0 < scale < math.inf:
             raise BadTensor(f"a chunk with the scale {scale}")
-        out.copy_(_read(body[_SCALE.size :], torch.float16, len(out))).mul_(scale)
+        return out.copy_(_read(body[_SCALE.size :], torch.float16, len(out))).mul_(scale)
 
 
 class Int8:
     """A quarter of the bytes: each block of `BLOCK` values by its largest (Dettmers et al. 2022, linear code)."""
 
-    exact = False
-
-    def encode(self, values: torch.Tensor) -> list[Buffer]:
+    def encode(self, values: torch.Tensor) -> memoryview:
         blocks = torch.zeros(-(-len(values) // BLOCK), BLOCK)
         blocks.view(-1)[: len(values)] = values
         scales = blocks.abs().amax(dim=1, keepdim=True)
         codes = blocks.mul_(127.0 / scales.clamp(min=1e-37)).round_().to(torch.int8)
-        return [tensors.to_bytes(scales), tensors.to_bytes(codes.view(-1)[: len(values)])]
+        written = torch.cat([scales.view(-1).view(torch.uint8), codes.view(-1)[: len(values)].view(torch.uint8)])
+        return tensors.to_bytes(written)
 
-    def decode(self, body: memoryview, out: torch.Tensor) -> None:
+    def decode(self, body: memoryview, out: torch.Tensor) -> torch.Tensor:
         blocks = -(-len(out) // BLOCK)
         scales = _read(body[: 4 * blocks], torch.float32, blocks)
         codes = _read(body[4 * blocks :], torch.int8, len(out))
@@ -86,6 +84,7 @@ class Int8:
         out[:whole].view(-1, BLOCK).mul_(scales[: whole // BLOCK, None] / 127.0)
         if whole < len(out):
             out[whole:].mul_(scales[-1] / 127.0)
+        return out
 
 
 CODECS: Mapping[str, Codec] = {"float32": Float32(), "float16": Float16(), "int8": Int8()}
@@ -106,8 +105,3 @@ def _read(body: memoryview, dtype: torch.dtype, count: int) -> torch.Tensor:
     if body.readonly:  # torch knows no read-only tensors
         body = memoryview(bytearray(body))
     return torch.frombuffer(body, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-
-
-def nbytes(pieces: Sequence[Buffer]) -> int:
-    """Bytes of an encoded chunk."""
-    return sum(map(len, pieces))

@@ -91,6 +91,13 @@ class Attendance:
         order = self.participant.order
         return order.counted if order is not None and order.round == self.round else 0
 
+    def hosts(self, stage: int) -> list[PeerId]:
+        """The members of a stage that a micro-batch may go through in this round."""
+        order, roster = self.participant.order, self.roster
+        out = order.out if order is not None and order.round == self.round else []
+        seats = roster.members if roster is not None else []
+        return [PeerId(s.endpoint.peer) for s in seats if s.stage == stage and s.endpoint.peer not in out]
+
     def endpoint_of(self, peer: PeerId) -> Endpoint | None:
         """Where a member listens, as far as roster or DHT tell."""
         seats = self.roster.members if self.roster is not None else []

@@ -39,9 +39,8 @@ def judge(shares: Sequence[Share], reports: Mapping[PeerId, Report]) -> Verdict:
     for group, averages in sorted(_by_group(reports).items()):
         blamed |= _deviating(averages)
         finite = finite and all(average.finite for average in averages.values())
-        first = averages[min(averages)]
-        squared += first.squared
-        agreed.append(Agreed(group, digest_of(first)))
+        squared += sum(average.squared for average in averages.values())
+        agreed.append(Agreed(group, digest_of(averages[min(averages)])))
     norm = math.sqrt(squared) if finite else 0.0
     return Verdict(blamed, finite and math.isfinite(norm), norm, tuple(agreed))
 

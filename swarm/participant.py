@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from swarm.assignments import Plan
+from swarm.avoidance import Avoidance
 from swarm.roster import everyone, is_quorum, members, outranks, voters
 from swarm.rounds import BEAT, SILENCE, Coordinator
 from swarm.types import PeerId
@@ -55,6 +56,7 @@ class Participant:
         self.stopped = False
         self.decided: deque[Decision] = deque(maxlen=64)  # what was heard of late, for whoever shows it
         self.outbox: list[tuple[PeerId, Message]] = []
+        self._avoidance = Avoidance()
         self._promised = 0  # the term below which nobody is obeyed
         self._accepted: Accepted | None = None
         self._candidacy: Elect | None = None  # while this would be the coordinator
@@ -169,7 +171,7 @@ class Participant:
         self.stopped = decision.outcome == "stop"
         self._entered(now)
         if decision.roster.coordinator == self.me and not self.stopped and self._can_coordinate():
-            self.coordinator = Coordinator(self.plan, self.me, decision, now)
+            self.coordinator = Coordinator(self.plan, self.me, decision, now, avoidance=self._avoidance)
 
     def _is_news(self, decision: Decision, now: float) -> bool:
         if self.previous is None or decision.roster.line == self.previous.roster.line:
@@ -239,7 +241,9 @@ class Participant:
         latest = max(accepted, key=lambda one: one.term, default=None)
         attempt = self.order.attempt if self.order else 0
         decision = latest.decision if latest else None
-        self.coordinator = Coordinator(self.plan, self.me, self.previous, now, mine.term, attempt, decision)
+        self.coordinator = Coordinator(
+            self.plan, self.me, self.previous, now, mine.term, attempt, decision, self._avoidance
+        )
 
     # --- being the coordinator ---------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import enum
 from collections import defaultdict
 
 from swarm.assignments import Assignments, Plan, from_bits
+from swarm.avoidance import Avoidance
 from swarm.judgement import Verdict, accused, differing, doubly_counted, judge
 from swarm.roster import first, is_quorum, members, seats_of, stages, voters
 from swarm.types import PeerId
@@ -68,6 +69,7 @@ class Coordinator:
         term: in which it may propose.
         attempt: the highest number of an attempt that it knows of.
         decision: what an earlier coordinator may have had accepted, and has to be proposed again.
+        avoidance: who sent what cannot be right, in this round or an earlier one.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Coordinator:
         term: int = 0,
         attempt: int = 0,
         decision: Decision | None = None,
+        avoidance: Avoidance | None = None,
     ) -> None:
         self.plan = plan
         self.me = me
@@ -89,7 +92,7 @@ class Coordinator:
         self.attempt = attempt
         self.assignments = Assignments(plan)
         self.out: dict[PeerId, str] = {}  # members that are not in this round any more, and why
-        self.unsound: set[PeerId] = set()  # those of them who sent what cannot be right
+        self.avoidance = avoidance or Avoidance()
         self.differing: set[PeerId] = set()  # those of them whose parameters are not their replicas'
         self.chosen: Decision | None = None
         self.deposed = False
@@ -127,18 +130,19 @@ class Coordinator:
         elif message.term > self.term:
             self.deposed = True
         elif isinstance(message, Status):
-            self._hear_status(sender, message)
+            self._hear_status(sender, message, now)
         else:
             self._hear_take(sender, message, now)
         self._heard[sender] = now
         self.tick(now)
 
-    def _hear_status(self, sender: PeerId, status: Status) -> None:
+    def _hear_status(self, sender: PeerId, status: Status, now: float) -> None:
         before = self._statuses.get(sender)
         if before is not None and status.number <= before.number:
             return
         self._statuses[sender] = status
-        forgiven = sender in self.out and sender not in self.unsound | self.differing
+        avoided = self.avoidance.avoided(now) | self.differing
+        forgiven = sender in self.out and sender not in avoided
         if forgiven and status.ready and self.phase is Phase.COLLECT:
             del self.out[sender]  # it is back; what it held is lent to others by now
             self._void[sender] = status.sums
@@ -180,7 +184,7 @@ class Coordinator:
         self._heal_differing()
         complete = self._complete()
         self.assignments.count(complete, now)
-        known = all(self._is_ready(peer) and self._statuses[peer].digest for peer in self._living())
+        known = all(self._is_known(peer) for peer in self._living())
         if len(complete) == self.plan.count and known:
             self.attempt += 1
             self._enter(Phase.CLOSE, now)
@@ -233,19 +237,19 @@ class Coordinator:
         if verdict.blamed:
             self._blame(dict(verdict.blamed), now)
         elif not verdict.finite:
-            self._propose(self._skip(), now)
+            self._propose(self._skip(now), now)
         else:
             clip = self.plan.clip
             factor = min(1.0, clip / verdict.norm) if clip and verdict.norm else 1.0
-            roster = self._next_roster()
+            roster = self._next_roster(now)
             agreed = list(verdict.agreed)
             commit = Decision(self.round, self.term, self.attempt, "commit", factor, verdict.norm, agreed, roster)
             self._propose(commit, now)
 
-    def _skip(self) -> Decision:
+    def _skip(self, now: float) -> Decision:
         skipped = self.previous.skipped + 1
         outcome = "stop" if skipped >= self.plan.patience and not self.plan.scaled else "skip"
-        roster = self._next_roster()
+        roster = self._next_roster(now)
         return Decision(self.round, self.term, self.attempt, outcome, 0.0, 0.0, [], roster, skipped)
 
     def _blame(self, blamed: dict[PeerId, str], now: float) -> None:
@@ -253,14 +257,15 @@ class Coordinator:
         for stage in range(self.plan.stages):
             sharing = {PeerId(share.peer) for share in self._shares if share.stage == stage and share.samples}
             if (self.plan.scaled or 2 * len(sharing & blamed.keys()) > len(sharing)) and sharing & blamed.keys():
-                self._propose(self._skip(), now)
+                self._propose(self._skip(now), now)
                 return
         dropped = {peer for peer, why in blamed.items() if self._drop(peer, why)}
-        self.unsound |= dropped
+        for peer in dropped:
+            self.avoidance.failed(peer, now)
         if dropped:
             self._discard(now)
         else:
-            self._propose(self._skip(), now)
+            self._propose(self._skip(now), now)
 
     def _strike(self, reports: dict[PeerId, Report], now: float) -> None:
         self._strikes += 1
@@ -297,7 +302,7 @@ class Coordinator:
                 self._lose(peer)
         if now - self._begun > UNREADY and self.phase is Phase.COLLECT:
             for peer in self._living():
-                if not self._is_ready(peer) and peer != self.me:
+                if not self._is_known(peer) and peer != self.me:
                     self._drop(peer, "did not come to this round")
 
     def _lose(self, peer: PeerId) -> None:
@@ -318,7 +323,9 @@ class Coordinator:
 
     def _heal_differing(self) -> None:
         for stage in range(self.plan.stages):
-            digests = {peer: self._statuses[peer].digest for peer in self._living(stage) if self._is_ready(peer)}
+            if not all(self._is_known(peer) for peer in self._living(stage)):
+                continue  # of a part of them, the wrong ones may be most
+            digests = {peer: self._statuses[peer].digest for peer in self._living(stage)}
             for peer in differing(digests, self._order):
                 self._drop(peer, "holds other parameters than its replicas")
                 self.differing.add(peer)
@@ -330,11 +337,15 @@ class Coordinator:
         status = self._statuses.get(peer)
         return status is not None and status.ready
 
-    def _next_roster(self) -> Roster:
-        living = set(self._living())
+    def _is_known(self, peer: PeerId) -> bool:
+        """Whether it is ready, and has said which state it holds."""
+        return self._is_ready(peer) and self._statuses[peer].digest != b""
+
+    def _next_roster(self, now: float) -> Roster:
+        living, avoided = set(self._living()), self.avoidance.avoided(now)
         seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
         for peer, join in self._joins.items():
-            if peer not in living and peer not in self.unsound and self._may_enter(join):
+            if peer not in living and peer not in avoided and self._may_enter(join):
                 seats += seats_of([join])
         next_ = self.me if self.me in living else first(seats)
         return Roster(self.plan.run, self.previous.roster.line, next_, seats, list[str](sorted(self._trainers)))
@@ -392,6 +403,7 @@ class Coordinator:
             void=sorted(self._void.items()),
             previous=self.previous,
             counted=self.plan.samples_of(self.assignments.complete),
+            out=sorted(self.out),
         )
 
     def _order_all(self, now: float) -> None:

@@ -110,6 +110,7 @@ class Order(Message, tag="order"):
     void: Annotated[list[tuple[Name, Count]], msgspec.Meta(max_length=MAX_MEMBERS)]  # forget the sum of that number
     previous: Decision  # how this round came to be
     counted: Count = 0  # samples so far, for whoever shows progress
+    out: Named = msgspec.field(default_factory=list)  # members that are not in this round any more: go through others
 
 
 class Finding(Message):
@@ -121,7 +122,7 @@ class Finding(Message):
 
 
 class Averaged(Message):
-    """What a member holds of one group after averaging: a digest for each member's part, and the squared norm."""
+    """What a member holds of a group after averaging: each part's digest, and the squared norm of its own part."""
 
     group: Name
     parts: Annotated[list[tuple[Name, Digest]], msgspec.Meta(max_length=MAX_MEMBERS)]

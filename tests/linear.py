@@ -22,9 +22,8 @@ from peer.transfer import digest_of_state
 from swarm import wire
 from swarm.assignments import Plan
 from swarm.attendance import TrainerAttendance
-from swarm.errors import Closed, ShoalError
+from swarm.errors import Closed, ShoalError, Unreachable
 from swarm.identity import Identity
-from swarm.roster import stages
 from swarm.rpc import Link, Reply, Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, PeerId
@@ -49,7 +48,7 @@ class Tell(wire.Message, tag="test-tell"):
 class Told(wire.Message, tag="test-told"):
     round: int
     digest: bytes
-    coordinates: bool
+    size: float  # the parameters' norm
     averaging: bool
 
 
@@ -170,11 +169,12 @@ class LinearMember:
         return Done()
 
     async def _tell(self, link: Link, message: Tell, body: memoryview) -> Reply:
-        round_, digest = await self.executor.run(
-            lambda: (self.replica.round, digest_of_state(self.replica.round, self.replica.state()))
-        )
-        coordinates = self.attendance.participant.coordinator is not None
-        return Told(round_, digest, coordinates, self.attendance._averager._attempt is not None)
+        averaging = self.attendance._averager._attempt is not None
+        return await self.executor.run(lambda: self._told(averaging))
+
+    def _told(self, averaging: bool) -> Told:
+        digest = digest_of_state(self.replica.round, self.replica.state())
+        return Told(self.replica.round, digest, self.replica.parameters.norm().item(), averaging)
 
     async def close(self) -> None:
         await self.attendance.close()
@@ -209,9 +209,9 @@ class LinearTrainer:
 
     async def _through(self, round_: int, lent: Lent, number: int) -> None:
         for stage in reversed(range(self.plan.stages)):
-            roster = self.attendance.roster
-            assert roster is not None
-            hosts = [peer for peer, held in stages(roster).items() if held == stage]
+            hosts = self.attendance.hosts(stage)
+            if not hosts:
+                raise Unreachable(f"nobody holds stage {stage}")
             peer = next((each for each in hosts if each in lent.holders), hosts[(lent.index + number) % len(hosts)])
             endpoint = self.attendance.endpoint_of(peer)
             assert endpoint is not None
@@ -247,7 +247,7 @@ SPOILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda values: values,
     "nan": lambda values: values * float("nan"),
     "huge": lambda values: values * 1e30,
-    "flip": lambda values: -3.0 * values,
+    "flip": lambda values: -10.0 * values,
     "slow": _slowly,
 }
 

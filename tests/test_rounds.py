@@ -141,6 +141,14 @@ def play(seed: int) -> None:
     assert ended, f"seed {seed}, {schedule.told}: not through by {run.network.now:.0f} s: {state}"
 
 
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", range(27))
 def test_every_replica_stays_on_the_curve_of_one_process_whatever_fails(seed: int) -> None:
     play(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("tens", range(10))
+def test_five_hundred_schedules(tens: int) -> None:
+    for seed in range(50 * tens, 50 * (tens + 1)):
+        play(seed)

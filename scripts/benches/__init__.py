@@ -16,6 +16,8 @@ BENCHES = {
     "soak": "ten minutes of clients that come, go, cancel and die: memory, sessions left, answers",
     "quant": "one sequence through two stages with int8 and int4 weights, against the whole model in fp32",
     "quality": "perplexity through peers with exact, int8 and int4 weights, against the whole model in fp32",
+    "allreduce": "gradients of 1M to 50M values averaged by 2 and 4 processes, beside hivemind and gloo",
+    "round": "the fixed cost of a round with 2 and 4 replicas",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }
 """Every bench by its name, which is its module's, in the order in which `all` runs them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ def running(script: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
     It is to end when its stdin does, which happens at the latest when this process ends. Raises `Failed` where it
     ends without a word.
     """
-    command = [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments]
+    here = Path(__file__)
+    command = [sys.executable, "-P", str(here.with_name(script)), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(here.parent.parent)}  # for what scripts share
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, start_new_session=True, env=environment
+    ) as process:
         try:
             assert process.stdout is not None
             if not (line := process.stdout.readline()):
