@@ -155,8 +155,10 @@ def _digest(peer: PeerProcess) -> str:
 
 def _alone(run: Run) -> list[float]:
     """The same rounds by one process, with nothing but torch and transformers."""
+    import torch
     from alone_training import loss_curve
 
+    torch.set_num_threads(1)  # as many as a peer has; on matrices as small as these, several wait for each other
     return loss_curve(run)
 
 

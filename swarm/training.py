@@ -70,6 +70,8 @@ class Trainer:
         self._lost: dict[int, list[str]] = {}
         self._reading = asyncio.Lock()  # samples are read in a thread, one micro-batch at a time
         self.under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._going_on = asyncio.Event()
         self._going_on.set()
 
@@ -163,12 +165,17 @@ class Trainer:
         """Begin no micro-batch until `resume`; what is under way goes on, and others may be lent what this one was."""
         self._going_on.clear()
 
+    async def idle(self) -> None:
+        """Return when no micro-batch is under way."""
+        await self._idle.wait()
+
     def resume(self) -> None:
         """Go on after `pause`."""
         self._going_on.set()
 
     async def _run(self, round_: int, lent: Lent) -> None:
         self.under_way += 1
+        self._idle.clear()
         try:
             await self._bring_through(round_, lent)
         except StaleRound as error:
@@ -177,6 +184,8 @@ class Trainer:
             log.info("given back round=%d index=%d error=%r", round_, lent.index, str(error))
         finally:
             self.under_way -= 1
+            if not self.under_way:
+                self._idle.set()
             self._attendance.done(round_, lent)
 
     async def _bring_through(self, round_: int, lent: Lent) -> None:

@@ -29,6 +29,9 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWBzPTxnLRtQrUsYkzxnBQBGkjjRnCNZB2UYbBb
         (swarm.cli.app, ["generate"]),
         (swarm.cli.app, ["chat"]),
         (swarm.cli.app, ["status"]),
+        (swarm.cli.app, ["train"]),
+        (swarm.cli.app, ["gather"]),
+        (peer.cli.app, ["train"]),
     ],
     ids=lambda value: " ".join(value) or "alone" if isinstance(value, list) else "",
 )

@@ -18,6 +18,8 @@ BENCHES = {
     "quality": "perplexity through peers with exact, int8 and int4 weights, against the whole model in fp32",
     "allreduce": "gradients of 1M to 50M values averaged by 2 and 4 processes, beside hivemind and gloo",
     "round": "the fixed cost of a round with 2 and 4 replicas",
+    "train": "two stages that train, one thread each, against one process with one thread",
+    "join": "from launching a late joiner of a 20M-parameter stage to its counting",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }
 """Every bench by its name, which is its module's, in the order in which `all` runs them."""
