@@ -125,6 +125,13 @@ def cache_tokens(wanted: int | None, bytes_per_token: int, room: int | None) -> 
     return wanted or min(DEFAULT_CACHE_TOKENS, most)
 
 
+def host_tokens(tokens: int, bytes_per_token: int, room: int | None) -> int:
+    """How many tokens of idle sessions may be beside a pool of `tokens`: as many again, as far as `room` bytes go."""
+    if room is None or not bytes_per_token:
+        return tokens
+    return max(0, min(tokens, room // bytes_per_token - tokens))
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can be used on the device without hurting others, None where that cannot be known."""
     if device.type == "cuda":

@@ -144,6 +144,10 @@ def serve(
             help="Tokens that all sessions together may hold in the KV cache. Default 16384, or what memory allows.",
         ),
     ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="What the KV cache keeps: bfloat16 halves fp32's. Default: as the blocks."),
+    ] = None,
     lease_seconds: Annotated[
         float | None,
         typer.Option(metavar="S", help="How long to keep the cache of a client that is not heard of. Default 30."),
@@ -183,6 +187,7 @@ def serve(
         "quantize": quantize,
         "wire_dtype": wire_dtype,
         "cache_tokens": cache_tokens,
+        "cache_dtype": cache_dtype,
         "lease_seconds": lease_seconds,
         "look_seconds": look_seconds,
         "stay_seconds": stay_seconds,

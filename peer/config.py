@@ -82,6 +82,7 @@ class ServeSettings(PeerSettings):
     wire_dtype: Rounding = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
     cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     drain_timeout: Annotated[float, Field(ge=0.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None

@@ -62,7 +62,7 @@ class Hosting:
 
     async def host(self, span: Span) -> Capacity:
         """Load `span` and serve it. Raises what loading raises, and `UsageError` where the cache would not fit."""
-        from peer.capacity import cache_tokens
+        from peer.capacity import cache_tokens, host_tokens
         from peer.server import Server
         from peer.stage import PAGE
 
@@ -71,6 +71,8 @@ class Hosting:
         left = None if room is None else room - capacity.weights
         tokens = cache_tokens(self._settings.cache_tokens, capacity.bytes_per_token, left)
         self.leases.capacity, self.leases.page = max(tokens - tokens % PAGE, PAGE), PAGE
+        beside = left if self._settings.device == "cpu" else None  # a GPU's host has memory of its own
+        self.leases.host = host_tokens(self.leases.capacity, capacity.bytes_per_token, beside)
         await self._executor.run(lambda: stage.reserve(self.leases.capacity))
         before, self.server = (
             self.server,
@@ -113,7 +115,8 @@ class Hosting:
             quantize=None if self._settings.quantize == "none" else self._settings.quantize,
             progress=lambda done, total: self.tell(f"loading blocks {span}", done, total),
         )
-        stage = Stage(model, tokens=PREFILL)  # until it is known how many there is room for
+        kept = None if self._settings.cache_dtype is None else getattr(torch, self._settings.cache_dtype)
+        stage = Stage(model, tokens=PREFILL, dtype=kept)  # until it is known how many there is room for
         if stage.model.unbatched:
             log.info("sessions run one by one: %s", stage.model.unbatched)
         return stage, measure(stage)

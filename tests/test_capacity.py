@@ -16,7 +16,7 @@ from test_routing import offer
 
 from peer import capacity
 from peer.announcer import is_news
-from peer.capacity import Capacity, budget, cache_tokens, fitting_blocks, measure, release_memory
+from peer.capacity import Capacity, budget, cache_tokens, fitting_blocks, host_tokens, measure, release_memory
 from peer.load import MEMORY_SECONDS, Load
 from peer.stage import Stage
 from swarm.errors import UsageError
@@ -149,3 +149,8 @@ def test_what_is_news() -> None:
         assert is_news(there, replace(there, coordinate=Coordinate(vector, height, 0.3))) is news
     busy = replace(told, queue=10.0)
     assert not is_news(busy, replace(busy, queue=12.0))
+
+
+@pytest.mark.parametrize(("room", "expected"), [(None, 100), (10_000, 100), (1_500, 50), (1_000, 0), (500, 0)])
+def test_idle_sessions_take_no_more_than_the_memory_beside_the_pool(room: int | None, expected: int) -> None:
+    assert host_tokens(100, 10, room) == expected

@@ -59,6 +59,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "wire_dtype": ("int8", "int8"),
     "quantize": ("int4", "int4"),
     "cache_tokens": ("4096", 4096),
+    "cache_dtype": ("bfloat16", "bfloat16"),
     "lease_seconds": ("2.5", 2.5),
     "drain_timeout": ("5", 5.0),
     "threads": ("3", 3),

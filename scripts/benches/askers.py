@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from processes import Failed, LocalSwarm
@@ -52,4 +53,6 @@ def asking(checkpoint: Checkpoint, stages: int, clients: int, dtype: str = "floa
             local.serve(str(checkpoint.folder), "--blocks", span, "--dtype", dtype)
         local.wait_online(checkpoint.model_id, blocks, stages)
         arguments = ("asker.py", str(checkpoint.folder), local.address, dtype)
-        yield [Asker(stack.enter_context(running(*arguments))[0]) for _ in range(clients)]
+        with ThreadPoolExecutor(clients) as starting:  # they take seconds to start: all at the same time
+            started = list(starting.map(stack.enter_context, [running(*arguments) for _ in range(clients)]))
+        yield [Asker(process) for process, _ in started]
