@@ -318,3 +318,11 @@ def test_the_largest_shape_is_only_a_number() -> None:
     spec = wire.TensorSpec("float32", [wire.MAX_POSITIONS] * 4)
     with pytest.raises(BadTensor, match="announced"):
         wire.split_body(memoryview(b""), [spec])
+
+
+def test_the_header_of_a_decode_step_and_of_its_answer_are_small() -> None:
+    hidden = wire.TensorSpec("float32", [1, 1, 8192])
+    step = wire.Step(KEY, 1 << 20, 1 << 20, 1 << 20, 1, hidden, None, None, None)
+    answer = wire.Output(KEY, 1 << 20, 1 << 20, hidden)
+    assert len(wire.pack_envelope(Kind.NOTIFY, body=step)) < 100
+    assert len(wire.pack_envelope(Kind.NOTIFY, body=answer)) < 100
