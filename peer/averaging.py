@@ -159,7 +159,7 @@ class Attempt:
         try:
             await exchange.receive(peer, message, body)
         except BadTensor as error:
-            self.fail(Lost(unsound=[(peer, str(error))]))
+            self.fail(Lost(unsound=[(peer, f"sent {error}")]))
             raise
 
     async def send(self, peer: PeerId, piece: Piece, body: memoryview) -> None:
@@ -367,10 +367,10 @@ class Exchange:
             try:
                 values = self._codec.decode(bodies[peer], self._scratch[:count])
             except BadTensor as error:
-                self._attempt.fail(Lost(unsound=[(peer, str(error))]))
+                self._attempt.fail(Lost(unsound=[(peer, f"sent {error}")]))
         squared = _squared(values)
         if not math.isfinite(squared):
-            self._attempt.fail(Lost(unsound=[(peer, "a gradient that is not finite")]))
+            self._attempt.fail(Lost(unsound=[(peer, "sent a gradient that is not finite")]))
         self._squared[peer] += squared
         return values
 

@@ -64,6 +64,7 @@ class MemberAttendance(Attendance):
         self._averaging: asyncio.Task[None] | None = None
         self._fetching: asyncio.Task[None] | None = None
         self._digesting: asyncio.Task[bytes] | None = None
+        self._told_out: dict[PeerId, str] = {}
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -110,6 +111,16 @@ class MemberAttendance(Attendance):
         for effect in effects:
             self._effects.put_nowait(effect)
         super().flush()
+        self._say_who_is_out()
+
+    def _say_who_is_out(self) -> None:
+        """A coordinator tells whoever runs it whom the round goes on without, and why."""
+        coordinator = self.participant.coordinator
+        out = dict(coordinator.out) if coordinator is not None else {}
+        for peer, why in out.items():
+            if peer not in self._told_out:
+                log.warning("round=%d goes on without peer=%s, which %s", self.round, peer[-6:], why)
+        self._told_out = out
 
     async def _work(self) -> None:
         """One effect after another; what takes long goes on beside them, until it is abandoned or settled."""
@@ -141,6 +152,10 @@ class MemberAttendance(Attendance):
                 await self._executor.run(lambda: self.replica.restore(round_))
                 await self._held()
             case Fetch(sources=sources, roster=roster):
+                if self.participant.held >= 0:
+                    log.warning(
+                        "round=%d here is behind the replicas, or differs: taking their state", self.participant.held
+                    )
                 await self._stop_fetching()
                 self._fetching = self.rpc.spawn(self._fetch(list(sources), roster))
             case Settled():

@@ -92,7 +92,7 @@ def _insane(shares: Sequence[Share], reports: Mapping[PeerId, Report]) -> dict[P
         usual = statistics.median_low(norms.values())
         for peer, norm in norms.items():
             if norm > SANE_NORM * usual > 0:
-                blamed[PeerId(peer)] = f"a gradient of norm {norm:.3g} a sample, where {usual:.3g} is usual"
+                blamed[PeerId(peer)] = f"sent a gradient of norm {norm:.3g} a sample, where {usual:.3g} is usual"
     return blamed
 
 

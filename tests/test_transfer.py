@@ -1,0 +1,111 @@
+"""State to a newcomer: the very bytes, the steps that follow, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+from dataplane import linked
+
+from peer import transfer
+from peer.transfer import Donor, Fetched, Named, digest_of_state
+from swarm.errors import BadTensor, Busy, Forgotten, StaleRound
+from swarm.rpc import Link
+from swarm.wire import Endpoint
+from swarm.wire_training import Decision, Roster, Seat
+
+LINE = b"l" * 16
+ODD = torch.arange(3, dtype=torch.uint8)  # what follows it is not aligned
+LARGE = torch.randn(700_000, generator=torch.Generator().manual_seed(0))
+
+
+class Member:
+    """One that has a state to give."""
+
+    def __init__(self) -> None:
+        self.round = 3
+        self.state: Named = [("odd", ODD), ("large", LARGE), ("step", torch.tensor(7)), ("none", torch.empty(0, 2))]
+        self.lie = b""
+
+    async def copy(self) -> tuple[int, Named, bytes]:
+        return self.round, self.state, self.lie or digest_of_state(self.round, self.state)
+
+
+@contextlib.asynccontextmanager
+async def donor() -> AsyncIterator[tuple[Member, Donor, Link]]:
+    member = Member()
+    async with linked() as (_, far, link):
+        giving = Donor(far, lambda: asyncio.ensure_future(member.copy()), lambda: LINE)
+        yield member, giving, link
+
+
+def decision(round_: int, outcome: str = "commit") -> Decision:
+    roster = Roster(b"r" * 16, LINE, "p", [Seat(0, Endpoint("p", [("h", 1)]))], [])
+    return Decision(round_, 0, 1, outcome, 0.5, 1.0, [], roster)
+
+
+async def test_a_state_comes_as_it_is(nothing_left: None) -> None:
+    async with donor() as (member, _, link):
+        fetched = await Fetched.open(link, LINE)
+        assert fetched.round == 3
+        assert [name for name, _ in fetched.state] == [name for name, _ in member.state]
+        for (_, came), (_, was) in zip(fetched.state, member.state, strict=True):
+            assert came.dtype == was.dtype
+            assert torch.equal(came, was)
+
+
+async def test_every_step_after_it_comes_in_order_also_those_that_were_made_meanwhile() -> None:
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE)
+        assert giving.followed
+        await giving.stepped(decision(3), {"stage-0": LARGE, "tied": torch.ones(5)})
+        await giving.stepped(decision(4, "skip"), {})
+        steps = fetched.steps()
+        first, second = await anext(steps), await anext(steps)
+        assert first.decision.factor == 0.5
+        assert torch.equal(first.mean["stage-0"], LARGE)
+        assert torch.equal(first.mean["tied"], torch.ones(5))
+        assert (second.decision.outcome, second.mean) == ("skip", {})
+        third = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        await giving.stepped(decision(5), {"stage-0": LARGE})
+        assert (await third).decision.round == 5
+        await steps.aclose()
+
+
+async def test_a_state_that_is_not_what_its_digest_says_is_refused() -> None:
+    async with donor() as (member, _, link):
+        member.lie = b"x" * 32
+        with pytest.raises(BadTensor):
+            await Fetched.open(link, LINE)
+
+
+async def test_another_line_and_too_many_newcomers_are_refused() -> None:
+    async with donor() as (_, _, link):
+        with pytest.raises(StaleRound):
+            await Fetched.open(link, b"x" * 16)
+        for _ in range(transfer.MAX_TRANSFERS):
+            await Fetched.open(link, LINE)
+        with pytest.raises(Busy):
+            await Fetched.open(link, LINE)
+
+
+async def test_a_newcomer_that_is_too_slow_is_told_so_and_costs_no_more_memory() -> None:
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE)
+        for round_ in range(3, 4 + transfer.MAX_BEHIND):
+            await giving.stepped(decision(round_), {"stage-0": LARGE})
+        assert not giving.followed
+        with pytest.raises(Forgotten):
+            await anext(fetched.steps())
+
+
+async def test_who_is_through_is_forgotten() -> None:
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE)
+        fetched.close()
+        await Fetched.open(link, LINE)
+        assert len(giving._transfers) == 1
