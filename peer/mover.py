@@ -27,11 +27,11 @@ class Means:
     """What a move needs of the node.
 
     Attributes:
-        survey: what there is of the model now.
+        survey: what there is of the model now; with True, no more than a glance at whether some block has nobody.
         serve: hosts a span and tells the swarm when it is online.
     """
 
-    survey: Callable[[], Awaitable[Survey]]
+    survey: Callable[[bool], Awaitable[Survey]]
     serve: Callable[[Span], Awaitable[None]]
     drain_timeout: float
 
@@ -68,10 +68,9 @@ class Mover:
         while True:
             await asyncio.sleep(min(GLANCE_SECONDS, self._policy.look) * self._chance.uniform(0.5, 1.0))
             try:
-                seen = await self._means.survey()
-                if loop.time() >= due or seen.has_hole:
+                if loop.time() >= due or (await self._means.survey(True)).has_hole:
                     due = loop.time() + pauses(self._policy, self._chance)
-                    await self.look(seen)
+                    await self.look(await self._means.survey(False))
             except RemoteError as error:
                 log.warning("the swarm does not answer error=%r", str(error))
 
@@ -120,7 +119,7 @@ class Mover:
     async def _is_needed(self, span: Span) -> bool:
         """Whether somebody died meanwhile, without whom these blocks would have nobody."""
         try:
-            return (await self._means.survey()).is_needed(self._announcer.offer.peer, span)
+            return (await self._means.survey(False)).is_needed(self._announcer.offer.peer, span)
         except RemoteError:
             return True  # as far as we know
 

@@ -268,13 +268,14 @@ class Node:
         self.bearings.read(offers)
         return [offer for offer in offers if offer.peer != mine.peer]
 
-    async def _parts(self) -> list[Part]:
+    async def _parts(self, glance: bool = False) -> list[Part]:
         assert self.discovery is not None
         assert self._announcer is not None
-        return await self.discovery.survey(self._announcer.offer.model, self._announcer.offer.num_blocks)
+        mine = self._announcer.offer
+        return await self.discovery.survey(mine.model, mine.num_blocks, glance)
 
-    async def _survey(self) -> Survey:
-        return survey_parts(await self._parts())
+    async def _survey(self, glance: bool = False) -> Survey:
+        return survey_parts(await self._parts(glance))
 
     # --- knowing the way to others ----------------------------------------------------------------------------------
 

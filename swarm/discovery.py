@@ -147,9 +147,12 @@ class Discovery:
         found = await self._answered(model, reading.for_route(num_blocks, place, ticket))
         return _newest(found, num_blocks)
 
-    async def survey(self, model: ModelId, num_blocks: int) -> list[Part]:
-        """What is known of the hosts of all blocks, a sample of them where they are many. Raises like `offers`."""
-        tickets = [random.getrandbits(sampling.LOT_BITS) for _ in range(_SURVEY_SLICES)]
+    async def survey(self, model: ModelId, num_blocks: int, glance: bool = False) -> list[Part]:
+        """What is known of the hosts of all blocks, a sample of them where they are many. Raises like `offers`.
+
+        A `glance` costs little, and shows whether some block has nobody.
+        """
+        tickets = [random.getrandbits(sampling.LOT_BITS) for _ in range(0 if glance else _SURVEY_SLICES)]
         parts = await self._answered(model, reading.for_survey(num_blocks, tickets))
         return [_of_model(part, num_blocks) for part in parts]
 

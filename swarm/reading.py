@@ -83,7 +83,10 @@ def for_route(num_blocks: int, place: Coordinate | None, ticket: int) -> Reading
 
 
 def for_survey(num_blocks: int, tickets: Sequence[int] | None) -> Reading[list[Part]]:
-    """What a peer reads that looks for its place: as many slices as it has random `tickets`; all of them with None."""
+    """What a peer reads that looks for its place: as many slices as it has random `tickets`; all of them with None.
+
+    With no ticket, it sees whether some block has nobody, and not how strong the others are.
+    """
     buckets = buckets_of(Span(0, num_blocks))
     roots = yield list(map(Table, buckets))
     slices = {bucket: _slices(bucket, roots[Table(bucket)], tickets) for bucket in buckets}
@@ -100,7 +103,7 @@ def for_survey(num_blocks: int, tickets: Sequence[int] | None) -> Reading[list[P
 
 def _slices(bucket: int, root: Collection[Offer], tickets: Sequence[int] | None) -> tuple[list[Table], float]:
     """The slices that `tickets` draw, and how many slices each stands for; none where the root has all."""
-    if not is_crowded(root):
+    if not is_crowded(root) or tickets == []:
         return [], 1.0
     width = slice_width(population(root))
     if tickets is None or 2**width <= len(tickets):

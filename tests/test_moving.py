@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from swarm.errors import ModelCorrupt
 from swarm.types import Offer, Span, State
 
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])
-RESTLESS = {"look_seconds": 0.2, "stay_seconds": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,15 @@ def serves(node: Node, start: int, end: int) -> bool:
     return (offer.span, offer.state) == (Span(start, end), State.ONLINE)
 
 
+def restless(swarm: Swarm, folder: Path) -> Node:
+    """A peer of three blocks that moves at once for a hole, and for nothing else."""
+    node = swarm.serve(folder, num_blocks=3, look_seconds=0.2)
+    wait(swarm, lambda: node.mover is not None)
+    assert node.mover is not None
+    node.mover._policy = replace(node.mover._policy, urgent_stay=0.0)
+    return node
+
+
 @pytest.mark.slow
 def test_a_newcomer_takes_what_is_missing_and_as_much_as_fits(folder: Path, swarm: Swarm) -> None:
     swarm.serve(folder, "0:2")
@@ -90,8 +99,7 @@ def test_newcomers_that_come_together_do_not_take_the_same(folder: Path, swarm: 
 
 def test_a_peer_moves_to_blocks_that_lost_their_host(folder: Path, whole: Any, swarm: Swarm) -> None:
     first, second = swarm.serve(folder, "0:3"), swarm.serve(folder, "3:6")
-    node = swarm.serve(folder, num_blocks=3, **RESTLESS)
-    wait(swarm, lambda: node.mover is not None)
+    node = restless(swarm, folder)
     assert node.server is not None
     before = weakref.ref(node.server._stage)
     with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address], wait=30) as model:
@@ -138,7 +146,7 @@ def test_who_is_needed_after_all_stays(folder: Path, swarm: Swarm) -> None:
 @pytest.mark.slow
 def test_the_only_host_of_a_block_stays(folder: Path, swarm: Swarm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "peer.mover")
-    node = swarm.serve(folder, num_blocks=3, **RESTLESS)
+    node = restless(swarm, folder)
     home = offer_of(node).span
     wait(swarm, lambda: caplog.text.count("staying blocks") > 3)
     assert serves(node, home.start, home.end)
@@ -149,8 +157,7 @@ def test_who_cannot_load_the_new_span_goes_back(
     folder: Path, swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = swarm.serve(folder, "0:3"), swarm.serve(folder, "3:6")
-    node = swarm.serve(folder, num_blocks=3, **RESTLESS)
-    wait(swarm, lambda: node.mover is not None)
+    node = restless(swarm, folder)
     home = offer_of(node).span
     assert node.hosting is not None
     load = node.hosting._load

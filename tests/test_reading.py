@@ -213,6 +213,19 @@ def test_a_sample_tells_about_the_strength_of_all() -> None:
     assert seen.without(mine.peer)[10] < seen.strength[10]
 
 
+def test_a_glance_shows_holes_and_reads_little() -> None:
+    offers = [offer for offer in crowd(600, 11) if 20 not in offer.span]
+    dht = Dht()
+    dht.settle(offers)
+    parts = answered(for_survey(BLOCKS, []), dht.read)
+    assert dht.questions == 1
+    seen = survey_parts(parts)
+    assert seen.has_hole
+    assert [block for block in range(BLOCKS) if seen.strength[block] == 0] == [
+        block for block in range(BLOCKS) if survey(offers, BLOCKS).strength[block] == 0
+    ]
+
+
 def test_a_block_whose_hosts_were_not_drawn_still_has_them() -> None:
     lonely = replace(an_offer("lonely", 28, 32), num_blocks=BLOCKS)
     others = [replace(offer, span=Span(16, 20)) for offer in crowd(500, 10)]

@@ -19,6 +19,7 @@ THROUGHPUT = Must("ratio", ">=", 0.80)
 TOKEN = Must("ratio", "<=", 1.25)
 MOVES = Must("value", "<=", 0.5)
 READ = Must("value", "<=", 600.0)  # records, however many peers there are
+LOOKED_AT = Must("value", "<=", 3000.0)  # by a peer that looks for its place
 
 
 def rows_of(run: Simulation) -> list[Row]:
@@ -33,6 +34,8 @@ def _rows(run: Simulation, hosting: Hosting) -> list[Row]:
         Row(f"{name}: time covered", hosting.covered_seconds / max(hosting.seconds, 1e-9), "of all", must=COVERED),
         Row(f"{name}: moves", hosting.moves / max(hosting.peer_seconds / 3600, 1e-9), "/peer-hour", must=MOVES),
     ]
+    looked_at = float(hosting.directory.read_by_peers)
+    rows.append(Row(f"{name}: offers read for a place", looked_at, "/look", must=LOOKED_AT))
     if loads := run.loads[name]:
         rows += _load_rows(name, loads)
     if answers := run.answers[name]:
