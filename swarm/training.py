@@ -87,6 +87,7 @@ class Trainer:
         Raises `ModelDiverged` where the members have stopped the run.
         """
         taking = asyncio.ensure_future(self._take())
+        taking.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody looks any more
         try:
             async for ended in self._ends(taking):
                 yield ended

@@ -171,7 +171,7 @@ def write_model(
     """As `save_model`: through transformers' own saving, which undoes what its loading does to names and layouts."""
     skeleton = Skeleton(config, torch.float32)
     top: Any = skeleton.top
-    for name in [name for name, _ in top.named_parameters()]:
+    for name in [name for name, _ in top.named_parameters() if name not in top.all_tied_weights_keys]:
         parent, _, own = name.rpartition(".")
         top.get_submodule(parent).register_parameter(own, torch.nn.Parameter(weights[name]))
     with patching:

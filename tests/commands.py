@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-COMMAND_SECONDS = 40.0  # what no command takes, on a machine as busy as may be
+COMMAND_SECONDS = 90.0  # what no command takes, on a machine as busy as may be
 
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + '\n' }}{% endfor %}"

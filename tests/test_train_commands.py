@@ -20,8 +20,9 @@ def test_a_run_is_trained_asked_and_gathered(tmp_path: Path) -> None:
     file = save_run(tmp_path, ("0:2", "2:4"), rounds=4, more="\n[checkpoint]\nevery = 2\n")
     metrics, plot, model = tmp_path / "run.jsonl", tmp_path / "run.png", tmp_path / "model"
     with LocalSwarm() as local:
-        for stage in ("0", "1"):
-            local.train(file, "--stage", stage, "--checkpoints", str(tmp_path / "saved"))
+        saved = ("--checkpoints", str(tmp_path / "saved"))
+        for peer in [local.train(file, "--stage", stage, *saved) for stage in ("0", "1")]:
+            peer.address()
         common = ("--initial-peers", local.address)
         files = ("--metrics", metrics, "--plot", plot, "--output", model)
         trained = run("swarm", "train", file, *common, *files)
@@ -35,8 +36,8 @@ def test_a_run_is_trained_asked_and_gathered(tmp_path: Path) -> None:
     assert all(line["outcome"] == "commit" and line["peers"] == [1, 1] for line in lines)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert AutoModelForCausalLM.from_pretrained(model).config.num_hidden_layers == 4
-    saved = run("swarm", "gather", file, tmp_path / "again", "--checkpoints", tmp_path / "saved")
-    assert saved.returncode == 0, saved.stderr
+    again = run("swarm", "gather", file, tmp_path / "again", "--checkpoints", tmp_path / "saved")
+    assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 

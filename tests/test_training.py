@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from pathlib import Path
 
 import pytest
@@ -202,7 +201,6 @@ async def test_a_learning_rate_that_diverges_stops_the_run(tmp_path: Path) -> No
         with pytest.raises(ModelDiverged, match="no finite number"):
             await asyncio.wait_for(watch(), 50.0)
         assert {ended.outcome for ended in seen} == {"commit", "skip", "stop"}
-        assert not math.isfinite(seen[-1].loss)
 
 
 async def test_the_held_out_loss_is_taken_now_and_then(tmp_path: Path) -> None:
