@@ -25,6 +25,7 @@ from swarm.hub import resolve
 from swarm.model import load_ends, num_blocks
 from swarm.network import Network, Quantized, Waiting, warn_quantized
 from swarm.precision import Precision
+from swarm.quantization import KINDS
 from swarm.session import StepMeta
 from swarm.speculation import Speculate
 from swarm.swarm_cache import SwarmCache
@@ -272,6 +273,7 @@ class SwarmModelForCausalLM:
         exact: bool = False,
         mix: bool = False,
         wire_dtype: Rounding = "auto",
+        quantize: str = "none",
         on_quantized: Quantized = warn_quantized,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
     ) -> PreTrainedModel:
@@ -293,6 +295,8 @@ class SwarmModelForCausalLM:
             wire_dtype: how hidden states travel: "float32" as they are; "bfloat16" in half of the bytes or "int8" in a
                 quarter, rounded; "auto" rounded only on links to other networks that are slow, of which the log tells,
                 and not at all with `exact`.
+            quantize: how to keep the head's weight here: "int8" or "int4", which on a CPU takes a quarter of its time
+                for each token, or "none". The peers' own is in their offers.
             on_quantized: told which blocks quantized peers run, each time that changes; by default, the log is.
             on_missing: told which blocks are waited for, each time they change.
 
@@ -308,6 +312,9 @@ class SwarmModelForCausalLM:
         precision = _precision(exact, mix)
         if wire_dtype not in get_args(Rounding):
             raise UsageError(f"--wire-dtype {wire_dtype}: there are {', '.join(get_args(Rounding))}")
+        kind = next((each for each in KINDS if each == quantize), None)
+        if kind is None and quantize != "none":
+            raise UsageError(f"quantize={quantize!r}: there are none, {', '.join(KINDS)}")
         folder = resolve(str(name))
         checkpoint = Checkpoint(folder)
         background = BackgroundLoop()
@@ -320,7 +327,7 @@ class SwarmModelForCausalLM:
             chain.rounding = "float32" if exact and wire_dtype == "auto" else wire_dtype
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
-            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin())
+            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin(), quantize=kind)
         except BaseException:
             background.close()
             raise

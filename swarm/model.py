@@ -13,7 +13,8 @@ from swarm.blocks import StageModel, reorder, rollback
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UsageError
 from swarm.quantization import Kind
-from swarm.quantloading import load_quantized
+from swarm.quantloading import load_quantized, quantize_head
+from swarm.quantstore import QuantStore
 from swarm.skeleton import Skeleton, num_blocks
 from swarm.types import Span
 from swarm.verdict import check_cut, examine
@@ -80,6 +81,7 @@ def load_ends(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     mixin: type | None = None,
+    quantize: Kind | None = None,
 ) -> PreTrainedModel:
     """The model in `folder` with `chain` in place of its blocks: embeddings, final norm and head are its own.
 
@@ -89,6 +91,7 @@ def load_ends(
             what comes out of the last one, [B, N, H].
         dtype: of the weights and the hidden states.
         device: where the ends run.
+        quantize: keep the head's weight so, by far the largest that is read for each token here.
         mixin: put before the family's class among the bases of the model's class.
 
     Raises:
@@ -102,6 +105,9 @@ def load_ends(
     skeleton.keep_ends(chain, cut.returns)
     _load(skeleton, checkpoint, device, None)
     skeleton.settle(device)
+    if quantize is not None:
+        store = QuantStore(checkpoint.model_id, quantize, dtype)
+        quantize_head(skeleton.top, store, num_blocks(config), torch.device(device))
     if (checkpoint.folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,10 +13,15 @@ from torch import nn
 from swarm.checkpoint import Checkpoint
 from swarm.errors import CannotCut
 from swarm.quantization import Kind, QuantizedWeight, quantize
-from swarm.quantized import install, linears, matrix
+from swarm.quantized import Product, QuantizedLinear, install, linears, matrix
 from swarm.quantstore import QuantStore
 from swarm.skeleton import Skeleton
 from swarm.types import Span
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+_HEAD = "head"  # what it is called on disk
 
 
 def load_quantized(
@@ -61,6 +67,24 @@ def load_quantized(
         _return_memory()
     rest = [name for name, found in places.items() if not any(key.startswith(tuple(prefixes)) for key in found)]
     skeleton.load({name: reader(name) for name in rest}, device)
+
+
+def quantize_head(model: PreTrainedModel, store: QuantStore, index: int, device: torch.device) -> None:
+    """Put a quantized layer in the place of a model's head, if that is a plain one; the embedding stays as it is.
+
+    It is kept on disk as if it were block `index`, the one after the last.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(head) is not nn.Linear:
+        return
+    weights = store.read(index, {_HEAD: (head.weight.shape[0], head.weight.shape[1])})
+    if weights is None:
+        weights = {_HEAD: quantize(head.weight, store.kind)}
+        store.write(index, weights)
+    bias = head.bias if isinstance(head.bias, torch.Tensor) else None
+    product = Product([weights[_HEAD]], bias, device)
+    layer = QuantizedLinear(product, 0, head.weight.shape[1])
+    model.set_output_embeddings(layer)  # type: ignore[no-untyped-call]
 
 
 def _kept(block: nn.Module, index: int, store: QuantStore) -> dict[str, QuantizedWeight] | None:

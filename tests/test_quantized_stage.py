@@ -24,7 +24,7 @@ from transformers import (
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelCorrupt, UsageError
-from swarm.model import StageModel, load_stage
+from swarm.model import StageModel, load_ends, load_stage
 from swarm.quantization import GROUP, KINDS, Kind
 from swarm.quantized import Product, QuantizedLinear, linears, weight_bytes
 from swarm.types import Span
@@ -164,6 +164,18 @@ def test_a_stage_in_bfloat16_can_be_quantized(llama: Path) -> None:
     found = stage.forward(hidden, position=0, cache=stage.new_cache())
     assert found.dtype == torch.bfloat16
     assert off(found.float(), expected) < 0.05
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("int4", 0.15)])
+def test_a_quantized_head_is_near_the_exact_one(kind: Kind, bound: float, llama: Path, own_cache_folder: Path) -> None:
+    exact = load_ends(llama, lambda states: states, dtype=torch.float32)
+    tokens = torch.arange(10).unsqueeze(0)
+    for _ in range(2):  # the second comes from the disk
+        ends = load_ends(llama, lambda states: states, dtype=torch.float32, quantize=kind)
+        assert isinstance(ends.lm_head, QuantizedLinear)
+        with torch.inference_mode():
+            assert 0 < off(ends(tokens, use_cache=False).logits, exact(tokens, use_cache=False).logits) < bound
+    assert [file.name for file in cached(own_cache_folder)] == ["block-00003.safetensors"]
 
 
 # --- what is read and kept --------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """One sequence through two stages with int8 and int4 weights, against the whole model in fp32 in one process.
 
 A figure is the new tokens over the seconds of the whole `generate()` call, as in `single`, and so is the reference:
-transformers' own `generate()` in the client's process, with one thread as every peer. How many of the tokens are the
-exact model's is shown as well; what that does to quality is measured by `quality`.
+transformers' own `generate()` in the client's process, with one thread as every peer. The client's head is quantized
+like the blocks are. For how many tokens the answer is the exact model's is shown as well; what that does to quality is
+measured by `quality`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def _through(kind: str, plan: Plan, checkpoint: Checkpoint, whole: Any, ids: tor
         for span in (f"0:{blocks // 2}", f"{blocks // 2}:{blocks}"):
             local.serve(str(checkpoint.folder), "--blocks", span, "--quantize", kind)
         local.wait_online(checkpoint.model_id, blocks, 2)
-        with SwarmModelForCausalLM.from_pretrained(checkpoint.folder, initial_peers=[local.address]) as model:
+        options: dict[str, Any] = {"initial_peers": [local.address], "quantize": kind}
+        with SwarmModelForCausalLM.from_pretrained(checkpoint.folder, **options) as model:
             expected = generate(whole, ids).tokens  # the first of either warms up
             found = generate(model, ids).tokens
             rounds = plan.alternate(
