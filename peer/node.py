@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 AROUND_SECONDS = 2.0  # to find our place among the others, before we say that we are online
 BEARINGS_SECONDS = 30.0  # between two calls for nothing but their round trip, at most
+RELEASE_SECONDS = 20.0  # between two times that free memory is given back
 BANDWIDTH_PEERS = 3  # whose bandwidth is measured
 CHOICES = 3  # of a span, where others choose the same at the same moment
 
@@ -170,6 +171,7 @@ class Node:
         await self._serve(self._announcer.offer.span)
         self._tasks.append(asyncio.create_task(self._keep()))
         self._tasks.append(asyncio.create_task(self._keep_bearings()))
+        self._tasks.append(asyncio.create_task(_keep_memory()))
         if count is not None and self.settings.look_seconds:
             self._tasks.append(asyncio.create_task(self._move(count)))
 
@@ -369,6 +371,15 @@ class Node:
         for outcome in await asyncio.gather(*(part() for part in parts), return_exceptions=True):
             if isinstance(outcome, Exception):
                 log.warning("not closed cleanly error=%r", outcome)
+
+
+async def _keep_memory() -> None:
+    """Stay as small as what is in use, whoever comes and goes."""
+    from peer.capacity import release_free_pages
+
+    while True:
+        await asyncio.sleep(RELEASE_SECONDS)
+        await asyncio.to_thread(release_free_pages)
 
 
 def _name_of(model: str) -> str:

@@ -115,6 +115,7 @@ async def test_a_side_that_breaks_is_told_to_the_other(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(150)
 def test_no_two_peers_of_a_swarm_are_nearer_than_they_are_told_to_be(tmp_path: Path) -> None:
     """From the client to the first, on to the second, and home: three links a token; and drafts save some of them."""
     whole = save_llama(tmp_path)
