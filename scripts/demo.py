@@ -56,7 +56,7 @@ def _run(max_new_tokens: int) -> dict[str, Any]:
     folder = resolve(DEFAULT_MODEL, bars)
     bars.stop()
     checkpoint = Checkpoint(folder)
-    console.print(f"model    {DEFAULT_MODEL} in {folder}")
+    console.print(f"model    {DEFAULT_MODEL} in {folder}", soft_wrap=True)
     with LocalSwarm() as local:
         for span in SPANS:
             local.serve(str(folder), "--blocks", span)
