@@ -109,7 +109,8 @@ class Hosts:
             peer.address()  # which it prints once it is online
 
     def named(self, peer: PeerId) -> PeerProcess:
-        return next(each for each in self.swarm.peers if each.peer == peer)
+        """The last process of that name."""
+        return next(each for each in reversed(self.swarm.peers) if each.peer == peer)
 
     def at(self, session: Session, hop: int) -> PeerProcess:
         """Who serves a hop of the session now."""
