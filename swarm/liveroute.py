@@ -315,7 +315,7 @@ class LiveRoute:
         """Where hidden states are rounded, and nobody has asked for that, the user is told: once of each sender."""
         if self.rounding == "auto" and rounding != "float32" and (sender, rounding) not in self.told:
             self.told.add((sender, rounding))
-            log.warning("a slow link, hidden states are rounded there from=%s to=%s", sender, rounding)
+            log.warning("hidden states are rounded on their way from=%s to=%s", sender, rounding)
 
     async def _replay(self, number: int, position: int, history: History) -> None:
         """Bring every place that is behind to `position`, from the nearest one before it that remembers."""

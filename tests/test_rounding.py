@@ -109,7 +109,7 @@ def test_every_link_is_rounded_as_asked_and_a_replay_is_the_same_again(
         output = model(PROMPT)
         assert roundings(output) == ["float32", "bfloat16", "float32"]  # the peer's own wish
         assert 1e-5 < off(output.logits, expected) < 0.02
-        assert "hidden states are rounded there" in caplog.text
+        assert "hidden states are rounded on their way" in caplog.text
     with SwarmModelForCausalLM.from_pretrained(folder, wire_dtype="int8", **options) as model:
         undisturbed = model(PROMPT)
         assert roundings(undisturbed) == ["int8"] * 3
