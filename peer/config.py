@@ -103,7 +103,6 @@ class TrainSettings(PeerSettings):
     resume: bool = False
     leave: bool = False
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    cache_tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None
 
