@@ -84,14 +84,15 @@ class ServedSession:
     async def set_next(self, endpoint: wire.Endpoint | None) -> None:
         """Who runs the following blocks from now on. Raises `Unreachable` or `WrongKey`."""
         same = self.next is not None and endpoint == self.next.endpoint
-        if self.next is not None and same and await self.next.answers(ECHO_SECONDS):
+        if self.next is not None and same and await self.next.answers(self.next.link.soon(ECHO_SECONDS)):
             return
+        seconds = self.next.link.soon(REDIAL_SECONDS, trips=4) if self.next is not None and same else DIAL_SECONDS
         outlet: Outlet | None = None
         told: Spare | None = None
         if endpoint is not None and (spare := self._spares.get(PeerId(endpoint.peer))) is not None:
             outlet, told = spare.outlet, spare
         elif endpoint is not None:
-            outlet = await self.dial(endpoint, REDIAL_SECONDS if same else DIAL_SECONDS)
+            outlet = await self.dial(endpoint, seconds)
         if self.next is not None:
             self.next.close()
         self.next, self._told = outlet, told

@@ -301,7 +301,7 @@ class LiveRoute:
         )
         seconds = OPEN_SECONDS if self.blame.trouble is None else FAILOVER_SECONDS
         if place.lives and place.after == after:
-            seconds = REOPEN_SECONDS
+            seconds = place.soon(REOPEN_SECONDS)
         seconds += self.queue
         lease = await place.open_session(self._rpc, terms, after, self._lost, seconds)
         self._lease = min(lease, self._lease or lease)
@@ -375,7 +375,19 @@ class LiveRoute:
         raise self._lost_on_its_way([answer.epoch == self.epoch for answer in alive])
 
     async def _ask(self, place: Place) -> wire.Alive:
-        return await place.ask(self.key, PROBE_SECONDS)
+        return await place.ask(self.key, place.soon(PROBE_SECONDS))
+
+    async def can_relieve(self, peer: str) -> bool:
+        """Whether others, who have not failed of late, could take the place of a peer that is very slow."""
+        if (place := self.place_of(peer)) is None:
+            return False
+        index = self.places.index(place)
+        taken = {place.peer for place in self.places} | self.shunned().rather
+        try:
+            await self.find_others(place.hop.span, taken, self.neighbours(index, index + 1))
+        except NoRoute:
+            return False
+        return True
 
     def _lost_on_its_way(self, came: Sequence[bool]) -> DeadlineExceeded:
         """All live, and nobody works on the step: it was lost behind the last hop that it came to."""

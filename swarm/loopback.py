@@ -64,6 +64,7 @@ class LoopbackNetwork:
         self._ports = itertools.count(1)
         self._transports: list[LoopbackTransport] = []
         self._slowness: dict[PeerId, float] = {}
+        self._distance: dict[PeerId, float] = {}
         self._stalled: dict[PeerId, asyncio.Event] = {}
         self._parted: set[tuple[PeerId, PeerId]] = set()
         self._corrupt: dict[PeerId, float] = {}
@@ -107,10 +108,11 @@ class LoopbackNetwork:
             running.set()
             self._stir()
 
-    def slow(self, peer: PeerId, factor: float) -> None:
-        """From now on, `peer` takes `factor` times as long for everything; 1 heals it."""
+    def slow(self, peer: PeerId, factor: float, *, only_work: bool = False) -> None:
+        """From now on, `peer` takes `factor` times as long for everything, or only for its own work; 1 heals it."""
         self.note("slow", peer, f"{factor:g}")
         self._slowness[peer] = factor
+        self._distance[peer] = 1.0 if only_work else factor
 
     def partition(self, sender: PeerId, receiver: PeerId, *, one_way: bool = False) -> None:
         """Nothing comes through from one to the other, and nobody is told."""
@@ -160,7 +162,7 @@ class LoopbackNetwork:
     # --- how things are --------------------------------------------------------------------------------------------
 
     def slowness(self, peer: PeerId) -> float:
-        """How many times as long as usual `peer` takes."""
+        """How many times as long as usual `peer` takes for its work."""
         return self._slowness.get(peer, 1.0)
 
     async def running(self, peer: PeerId) -> None:
@@ -179,7 +181,7 @@ class LoopbackNetwork:
 
     def latency(self, sender: PeerId, receiver: PeerId) -> float:
         """One-way seconds at this moment."""
-        return self._latency(sender, receiver) * max(self.slowness(sender), self.slowness(receiver))
+        return self._latency(sender, receiver) * max(self._distance.get(peer, 1.0) for peer in (sender, receiver))
 
     def mangled(self, sender: PeerId, message: Message) -> Message:
         """What becomes of a message on its way: itself, unless its sender is corrupt."""

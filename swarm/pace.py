@@ -11,7 +11,7 @@ FIRST = 2.0  # before anything was measured
 _MULTIPLE = 8.0  # of the recent time of a step
 _RECENT = 16  # steps
 _FIRST_PER_TOKEN = 0.02  # seconds, before anything was measured
-_LIMIT = 60.0  # seconds that hops may work on a step, beyond ten times the patience with it
+_LIMIT = 10.0  # times the patience with a step that a hop may work on it where others could
 
 
 class Pace:
@@ -35,8 +35,8 @@ class Pace:
         return usual + 2.0 * self._per_token * (tokens - 1)
 
     def limit(self, tokens: int) -> float:
-        """Seconds after which even a hop that says that it works on the step has failed."""
-        return _LIMIT + 10.0 * self.patience(tokens)
+        """Seconds after which even a hop that says that it works on the step has failed, if there are others."""
+        return _LIMIT * self.patience(tokens)
 
     def longer(self, patience: float) -> float:
         """How long to wait once more where the hops say that they work on it."""

@@ -83,6 +83,10 @@ class Place:
             raise
         return answer
 
+    def soon(self, seconds: float) -> float:
+        """How long its peer may take to say a word: `seconds`, and more where it is far."""
+        return seconds if self.link is None else self.link.soon(seconds)
+
     async def ask(self, key: SessionId, timeout: float) -> wire.Alive:
         """How far its peer is. Raises what it says, or `DeadlineExceeded` where it says nothing."""
         answer = await self.call(wire.KeepAlive(key), timeout)

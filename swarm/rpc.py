@@ -70,6 +70,7 @@ class Link:
         self._untold = 0
         self._heard = 0  # messages
         self._given_up = False
+        self._round_trip = 0.0  # seconds, of the quickest light call; 0 while there was none
         self.error: RemoteError | None = None  # why the link is gone, None while it lives
         self.speed: float | None = None  # bytes per second, where somebody has measured it
         self._watchers: list[Callable[[Link], None]] = []
@@ -176,6 +177,8 @@ class Link:
         if call is None or (future := call.future).done():  # given up in the meantime
             return
         if call.light and len(body) <= LIGHT and envelope.kind is Kind.REPLY:
+            took = self._rpc.clock() - call.began
+            self._round_trip = min(self._round_trip or took, took)
             self._time(self._rpc.clock() - call.began, envelope.timeout)
         try:
             message = wire.read_body(envelope)
@@ -250,6 +253,10 @@ class Link:
         self._rpc.forget(self)
         for lost in list(self._watchers):
             lost(self)
+
+    def soon(self, seconds: float, trips: int = 2) -> float:
+        """How long the other side may take for so many round trips: `seconds`, and more where it is far."""
+        return seconds + trips * self._round_trip
 
     def watch(self, lost: Callable[[Link], None]) -> None:
         """Have `lost` told when the link is gone; once, however often this is asked."""

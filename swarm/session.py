@@ -243,17 +243,22 @@ class Session:
         return output
 
     async def _answer(self, waiting: _Waiting, tokens: int, replayed: int) -> torch.Tensor:
-        """Wait for the answer; at the deadline, ask the hops who still works on it."""
+        """Wait for the answer; at the deadline, ask the hops who still works on it.
+
+        Who does is given time as long as nobody else could do it; then for much longer than a step should take.
+        """
         loop, pace = asyncio.get_running_loop(), self._live.pace
-        patience, last = pace.patience(tokens), loop.time() + pace.limit(tokens + replayed)
+        patience, limit, began = pace.patience(tokens), pace.limit(tokens + replayed), loop.time()
         while True:
             try:
                 async with asyncio.timeout(patience):
                     return await asyncio.shield(waiting.future)
             except TimeoutError:
                 at_it = await self._live.probe(lambda: not waiting.future.done())
-            if at_it and loop.time() > last:
-                raise DeadlineExceeded(f"{at_it[-6:]} has worked on a step for too long", at_it)
+            if at_it and loop.time() - began > limit:
+                if await self._live.can_relieve(at_it):
+                    raise DeadlineExceeded(f"{at_it[-6:]} has worked on a step for too long", at_it)
+                limit *= 2.0
             patience = pace.longer(patience)
 
     # --- what comes in ---------------------------------------------------------------------------------------------

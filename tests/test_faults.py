@@ -208,8 +208,22 @@ def test_the_only_host_cannot_be_reached_from_the_hop_before_it() -> None:
 
 
 def test_a_slow_peer_is_waited_for() -> None:
-    [outcome] = answered(swarm_of(3).slow(1, 30.0, at_step=4), client(tokens=6))
+    [outcome] = answered(swarm_of(3).slow(1, 3000.0, at_step=4), client(tokens=6))
     assert outcome.failovers == 0
+
+
+def test_a_peer_that_has_become_very_slow_is_left_for_another() -> None:
+    def slow(swarm: VirtualSwarm) -> None:
+        swarm.network.slow(peer_name(route_of(swarm)[1]), 3000.0, only_work=True)
+
+    [outcome] = answered(swarm_of(6).do(slow, at_step=4), client())
+    assert outcome.failovers == 1
+    assert outcome.pause < 12.0
+
+
+def test_far_peers_are_given_the_time_that_the_way_takes() -> None:
+    [outcome] = answered(swarm_of(6, latency=0.3).do(kill_hops(1), at_step=4, after=1.0), client(tokens=6))
+    assert outcome.failovers == 1
 
 
 # --- connections break ------------------------------------------------------------------------------------------------

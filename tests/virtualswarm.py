@@ -297,9 +297,12 @@ class VirtualSwarm:
         return self._add(f"resume {peer}", lambda swarm: swarm.network.resume(name), at_step, after + seconds)
 
     def slow(self, peer: int, factor: float, at_step: int = 0, *, after: float = 0.0) -> VirtualSwarm:
-        """From now on it takes `factor` times as long for everything."""
-        name = peer_name(peer)
-        return self._add(f"slow {peer} x{factor:g}", lambda swarm: swarm.network.slow(name, factor), at_step, after)
+        """From now on it takes `factor` times as long for its work."""
+
+        def slow(swarm: VirtualSwarm) -> None:
+            swarm.network.slow(peer_name(peer), factor, only_work=True)
+
+        return self._add(f"slow {peer} x{factor:g}", slow, at_step, after)
 
     def partition(
         self,
