@@ -23,7 +23,7 @@ from swarm.routing import uncovered
 from swarm.types import ModelId, Offer
 
 START_SECONDS = 60.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 30.0  # it takes two, but for a machine that has much else to do
 
 
 class Failed(Exception):

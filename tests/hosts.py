@@ -128,7 +128,7 @@ def clean_swarm(listen: str = "127.0.0.1:0") -> Iterator[LocalSwarm]:
     with terminated_like_interrupted(), LocalSwarm(listen) as swarm:
         yield swarm
         seen = {each: daemon_folders(each) for peer in swarm.peers for each in family(peer)}
-    assert not [each for each in seen if alive(each)]
+    assert until(lambda: not [each for each in seen if alive(each)], SLACK)
     assert not [folder for folders in seen.values() for folder in folders if folder.exists()]
 
 
