@@ -72,23 +72,14 @@ def for_route(num_blocks: int, place: Coordinate | None, ticket: int) -> Reading
     if not crowded:
         return offers
     slices = [Table(b, slice_name(slice_width(population(roots[Table(b)])), ticket)) for b in crowded]
-    finest = [Table(bucket, cell) for bucket in crowded for cell in cells[-1:]]
-    near = yield [*slices, *finest]
+    near = yield [*slices, *(Table(bucket, cell) for bucket in crowded for cell in cells)]
     offers += [offer for found in near.values() for offer in found]
-    wanted = [each for table in finest for each in _around(table, near[table], cells, num_blocks, ticket)]
-    around = (yield wanted) if wanted else {}
-    return offers + [offer for found in around.values() for offer in found]
-
-
-def _around(
-    finest: Table, found: Collection[Offer], cells: Sequence[str], num_blocks: int, ticket: int
-) -> Iterator[Table]:
-    """What else to read around a place: more of those who are right there if they are many, else from farther away."""
-    bucket, cell = finest
-    if width := cell_slice_width(found, blocks_of(bucket, num_blocks)):
-        yield Table(bucket, slice_name(width, ticket, cell))
-    else:
-        yield from (Table(bucket, coarser) for coarser in cells[:-1])
+    finest = [Table(bucket, cell) for bucket in crowded for cell in cells[-1:]]
+    widths = [(table, cell_slice_width(near[table], blocks_of(table.bucket, num_blocks))) for table in finest]
+    if wanted := [Table(bucket, slice_name(width, ticket, cell)) for (bucket, cell), width in widths if width]:
+        fine = yield wanted
+        offers += [offer for found in fine.values() for offer in found]
+    return offers
 
 
 def for_survey(num_blocks: int, tickets: Sequence[int] | None) -> Reading[list[Part]]:

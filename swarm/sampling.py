@@ -6,9 +6,8 @@ each peer, when it is about to renew its offer, reads the table and finds out fo
 All of them are then found in slices, by the lots of the peers, of which there are as many as the root itself shows to
 be necessary (`population`); and the best of those in one place, in tables of that place, one for each cell of three
 grids over the space of network coordinates. A client reads the root, one slice by a ticket of its own, and the tables
-around it, the coarse ones only where the finest has few: however many peers there are, it reads about as many offers,
-most are of peers near it or fast ones, and nobody is in none that somebody reads. `swarm.reading` says who reads and
-writes what, in which order.
+around it: however many peers there are, it reads about as many offers, most are of peers near it or fast ones, and
+nobody is in none that somebody reads. `swarm.reading` says who reads and writes what, in which order.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from swarm.types import Coordinate, Offer, PeerId, Span, State
 
 BUCKET = 16  # blocks that share tables
 ROOT = 24  # offers that a root table may hold whatever they are
-SLICE = 24  # offers in a slice, about, at most
+SLICE = 28  # offers in a slice, about, at most
 MAX_WIDTH = 16  # bits of a slice's number
 CELLS = (0.1, 0.05, 0.025)  # edges of the grids' cells, in seconds of round trip
 FASTEST = 5  # offers that a table keeps for each block because nobody serves it faster
