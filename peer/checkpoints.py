@@ -13,14 +13,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peer.optimizer import MOMENTS, Optimizer
+from peer.optimizer import MOMENTS, Optimizer, in_pieces
 from swarm.errors import DiskFull, ModelCorrupt
 from swarm.run import Run
 
@@ -126,15 +125,15 @@ def rounds_in(folder: Path) -> list[int]:
 
 
 def _named(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    state: dict[str, Any] = dict(optimizer.state())
-    named = dict(optimizer.layout.views(state["weights"].cpu()))
+    vectors = optimizer.vectors()
+    named = dict(optimizer.layout.views(vectors["weights"].cpu()))
     for moment in MOMENTS:
-        named |= {f"{moment}.{name}": view for name, view in optimizer.layout.views(state[moment].cpu()).items()}
+        named |= {f"{moment}.{name}": view for name, view in optimizer.layout.views(vectors[moment].cpu()).items()}
     return {name: view.contiguous().clone() for name, view in named.items()}
 
 
 def _flattened(named: Mapping[str, torch.Tensor], optimizer: Optimizer, file: Path) -> dict[str, torch.Tensor]:
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for kind, prefix in (("weights", ""), *((moment, f"{moment}.") for moment in MOMENTS)):
         flat = torch.empty(optimizer.layout.size)
         for name, view in optimizer.layout.views(flat).items():
@@ -142,5 +141,5 @@ def _flattened(named: Mapping[str, torch.Tensor], optimizer: Optimizer, file: Pa
             if tensor is None or tensor.shape != view.shape:
                 raise ModelCorrupt(f"{file} lacks {prefix}{name}, or has it in another shape")
             view.copy_(tensor)
-        state[kind] = flat
+        state |= dict(in_pieces(kind, flat))
     return state

@@ -18,6 +18,7 @@ from swarm.schedule import schedule_of
 from swarm.trainable import TrainableStage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch calls them
+PIECE = 1 << 22  # numbers of a vector in one tensor of the state: a dimension that travels has its limit
 _MAX_SCALE = 2.0**24
 
 
@@ -85,10 +86,14 @@ class Optimizer:
         if self.scale > 1.0:
             self.scale, self._unchanged = max(self.scale / 2, 1.0), 0
 
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """The weights and both moments, [layout.size] each: the vectors themselves."""
+        return {"weights": self.weights, **dict(zip(MOMENTS, (self._first, self._second), strict=True))}
+
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All that the next step depends on: the vectors themselves, not copies of them."""
-        yield "weights", self.weights
-        yield from zip(MOMENTS, (self._first, self._second), strict=True)
+        """All that the next step depends on: views of the vectors, not copies of them."""
+        for name, vector in self.vectors().items():
+            yield from in_pieces(name, vector)
         yield "counters", torch.tensor([self.steps, self._unchanged])
         yield "scale", torch.tensor([self.scale])
 
@@ -119,3 +124,9 @@ class Optimizer:
 
     def __repr__(self) -> str:
         return f"<Optimizer {self.layout!r} steps={self.steps} lr={self.learning_rate:.2e} scale={self.scale:g}>"
+
+
+def in_pieces(name: str, vector: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of a vector, one after another, as `Optimizer.state` names them."""
+    for start in range(0, len(vector), PIECE):
+        yield f"{name}/{start}", vector[start : start + PIECE]

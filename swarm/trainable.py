@@ -237,6 +237,7 @@ def _try(config: PreTrainedConfig) -> Ends:
     return ends
 
 
+@torch.enable_grad()
 def _gradients(stages: list[TrainableStage]) -> dict[str, torch.Tensor]:
     """The gradient of every weight for two sequences, through `stages` one after another in one graph."""
     dice = torch.Generator().manual_seed(1)

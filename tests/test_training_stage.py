@@ -12,13 +12,14 @@ import torch
 from runs import reference_curve, small_run, tokens
 
 from peer.checkpoints import Checkpoints
-from peer.optimizer import Optimizer
+from peer.optimizer import PIECE, Optimizer
 from peer.training_stage import MicroBatch, TrainingStage
 from swarm.errors import BadTensor, DiskFull, ModelCorrupt, SumLost, UsageError
 from swarm.origin import byte_tokenizer, config_of, stage_of
 from swarm.run import Run
 from swarm.schedule import schedule_of
 from swarm.tensors import to_bytes
+from swarm.wire import MAX_POSITIONS
 
 LENGTH = 16
 
@@ -159,15 +160,30 @@ def test_a_newcomer_that_takes_over_a_replicas_state_goes_on_like_it() -> None:
     assert digest(new) == digest(old)
 
 
+def test_a_state_comes_in_pieces_that_may_travel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stage may have more weights than a dimension of one message may have items."""
+    assert PIECE <= MAX_POSITIONS
+    monkeypatch.setattr("peer.optimizer.PIECE", 1000)
+    run = small_run(more="\n[checkpoint]\nevery = 1\n")
+    (old,), (new,) = stages_of(run, tmp_path), stages_of(run)
+    whole_round([old], 0)
+    state = dict(old.state())
+    assert max(map(len, state.values())) == 1000
+    assert sum(len(piece) for name, piece in state.items() if "/" in name) == 3 * old.optimizer.layout.size
+    new.load(old.round, {name: tensor.clone() for name, tensor in state.items()})
+    (resumed,) = stages_of(run, tmp_path, resume=True)
+    assert digest(new) == digest(old) == digest(resumed)
+
+
 def test_a_state_that_cannot_be_is_refused_and_changes_nothing() -> None:
     (member,) = stages_of(small_run())
     before = digest(member)
     good = {name: tensor.clone() for name, tensor in member.state()}
     bad: list[dict[str, torch.Tensor]] = [
         {},
-        good | {"weights": good["weights"][1:]},
-        good | {"exp_avg": good["exp_avg"].double()},
-        good | {"weights": good["weights"].index_fill(0, torch.tensor([3]), float("nan"))},
+        good | {"weights/0": good["weights/0"][1:]},
+        good | {"exp_avg/0": good["exp_avg/0"].double()},
+        good | {"weights/0": good["weights/0"].index_fill(0, torch.tensor([3]), float("nan"))},
         good | {"more": torch.zeros(1)},
     ]
     for state in bad:

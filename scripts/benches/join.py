@@ -1,8 +1,8 @@
 """A late joiner: a peer is launched while a run goes on, and is in the round that is collected.
 
 The stage has 20M weights, so 240 MB of parameters and optimizer state come over the data plane, are hashed and
-compared. Everything counts, from the launch of the process: imports, joining the swarm, building the stage. Rounds are
-short, since a newcomer counts from the next one.
+compared. Everything counts, from the launch of the process: imports, joining the swarm, building the stage. A round
+takes about a second: a newcomer counts from the next one, and takes every step that is made while its state comes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ intermediate_size = 1376
 num_hidden_layers = 6
 num_attention_heads = 8
 num_key_value_heads = 8
-max_position_embeddings = 32"""
+max_position_embeddings = 64"""
 
 
 def measure(plan: Plan) -> list[Row]:
     """One row."""
     plan.tell("join: starting the run")
     with LocalSwarm() as local:
-        file = write_run(local.folder, "bench-join", '["0:6"]', 1, 1, 32, CONFIG)
+        file = write_run(local.folder, "bench-join", '["0:6"]', 2, 8, 64, CONFIG)
         local.train(file, "--stage", "0")
         with training(file, local) as trainees:
             trainees.wait_for(1)
