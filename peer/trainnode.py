@@ -211,8 +211,8 @@ class TrainNode:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's last round is over."""
-        return self.member is not None and self.member.round >= self.run.rounds
+        """Whether the run's last round is over, and what came of it is held here."""
+        return self.stage is not None and self.stage.round >= self.run.rounds
 
     async def ended(self) -> None:
         """Return when the run's last round is over. Raises what keeps this node from going on."""
