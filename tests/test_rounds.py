@@ -73,6 +73,8 @@ class Schedule:
             self.run.kill(peer)
 
     def kill_a_trainer(self) -> None:
+        if not self.run.trainers:  # another was killed a moment ago, and the next has not come yet
+            return
         self.run.kill(self.random.choice(self.run.trainers))
         self.run.network.at(1.0, lambda: self.run.new_trainer())
 
