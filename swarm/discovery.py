@@ -27,6 +27,7 @@ from swarm.types import Coordinate, ModelId, Offer, PeerId, Span
 
 RENEW_SECONDS = 20.0  # between two renewals of an offer, which lives for a minute
 _PUBLISH_SECONDS = 10.0
+_PUT_AGAIN_SECONDS = 0.2  # before a part of the DHT that did not take an offer is asked again
 _WITHDRAW_SECONDS = 1.0
 _READ_SECONDS = 10.0
 _MAX_MODELS = 256  # listed by `models`
@@ -241,14 +242,19 @@ class Discovery:
 
     async def _put(self, stamped: Offer, kind: Kind, places: Sequence[_Place]) -> None:
         value = offers.pack(stamped, self._identity, kind)
-        keys, subkeys = zip(*places, strict=True)
         store = Node.store if kind is Kind.OFFER else Node.store_at_once
-        taken = await self._membership.ask(
-            lambda node: store(node, keys, subkeys, value, stamped.expires), _PUBLISH_SECONDS
-        )
         # Another peer of the model may have told the index something newer: as good as our own.
-        if not taken.issuperset(key for key in keys if key != offers.INDEX_KEY):
-            raise DeadlineExceeded("not every part of the DHT took the offer")
+        at, required = dict(places), {key for key, _ in places if key != offers.INDEX_KEY}
+
+        async def put(node: Node) -> None:
+            """Until it is taken, or we have said something newer: a node that has just died is found out by asking."""
+            while True:
+                required.difference_update(await store(node, list(at), list(at.values()), value, stamped.expires))
+                if not required or self._issued > stamped.issued:
+                    return
+                await asyncio.sleep(_PUT_AGAIN_SECONDS)
+
+        await self._membership.ask(put, _PUBLISH_SECONDS)
 
     async def _answered(self, model: ModelId, asking: Reading[_Result]) -> _Result:
         """What a reading finds out in the DHT."""

@@ -106,7 +106,11 @@ def _slices(bucket: int, root: Collection[Offer], tickets: Sequence[int] | None)
     if not is_crowded(root) or tickets == []:
         return [], 1.0
     width = slice_width(population(root))
-    if tickets is None or 2**width <= len(tickets):
+    if tickets is None:  # however many others took them for when they chose their slices
+        widths = {slice_width(population(root) * doubt) for doubt in (1 / DOUBT, 1.0, DOUBT)}
+        every = [slice_name(each, number << (LOT_BITS - each)) for each in sorted(widths) for number in range(2**each)]
+        return [Table(bucket, name) for name in every], 1.0
+    if 2**width <= len(tickets):
         tickets = [number << (LOT_BITS - width) for number in range(2**width)]
     names = sorted({slice_name(width, ticket) for ticket in tickets})
     return [Table(bucket, name) for name in names], 2**width / len(names)

@@ -141,8 +141,8 @@ async def grow() -> AsyncIterator[Grow]:
     async with contextlib.AsyncExitStack() as stack:
         seeds: list[str] = []
 
-        async def one(*initial_peers: str, **options: Any) -> Discovery:
-            here = await Discovery.start(Identity.generate(), initial_peers or seeds, **options)
+        async def one(*initial_peers: str, identity: Identity | None = None, **options: Any) -> Discovery:
+            here = await Discovery.start(identity or Identity.generate(), initial_peers or seeds, **options)
             seeds.extend([] if seeds else here.addresses)
             return await stack.enter_async_context(here)
 
@@ -232,13 +232,22 @@ async def test_bad_offers_are_refused_and_not_remembered(grow: Grow) -> None:
     assert await here.models() == {}
 
 
+def with_even_lots(count: int) -> list[Identity]:
+    """Identities whose lots lie apart as those of a large crowd do on average."""
+    found: dict[int, Identity] = {}
+    while len(found) < count:
+        identity = Identity.generate()
+        found.setdefault(sampling.lot(identity.peer) * count >> sampling.LOT_BITS, identity)
+    return list(found.values())
+
+
 async def test_a_crowd_is_read_in_slices_and_leaves_every_table_it_was_in(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ROOT", "SLICE", "FASTEST", "DRAWN"):
         monkeypatch.setattr(sampling, name, 1)
     near, far = Coordinate((0.01, 0.01, 0.01), 0.001, 0.1), Coordinate((0.2, 0.2, 0.2), 0.001, 0.1)
-    peers = [await grow() for _ in range(4)]
+    peers = [await grow(identity=identity) for identity in with_even_lots(4)]
     for peer in peers * 2:  # the second time, each sees the others
         await peer.publish(offer_of(peer, coordinate=near))
     reader, names = await grow(client_mode=True), {peer.peer for peer in peers}
@@ -254,6 +263,8 @@ async def test_a_crowd_is_read_in_slices_and_leaves_every_table_it_was_in(
 
     await peers[0].withdraw()
     await peers[1].publish(offer_of(peers[1], coordinate=far))  # it was elsewhere after all
+    for peer in peers[2:] * 2:  # as they renew their offers, they see how many they are now
+        await peer.publish(offer_of(peer, coordinate=near))
     assert {offer.peer for offer in await reader.everything(MODEL, 32)} == names - {peers[0].peer}
     assert peers[0].peer not in await read_by_many()
     moved = [offer for offer in await reader.everything(MODEL, 32) if offer.peer == peers[1].peer]
