@@ -15,7 +15,7 @@ from swarm.conversation import Conversation
 from swarm.discovery import Discovery
 from swarm.errors import RemoteError, ShoalError
 from swarm.identity import Identity
-from swarm.network import Network
+from swarm.network import Network, Waiting
 from swarm.origin import config_of, plan_of, tokenizer_of
 from swarm.run import Run
 from swarm.runmodel import model_of_run
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 SEEK_SECONDS = 0.3  # between two looks at who takes part, as long as the run is not found
 LOOK_SECONDS = 3.0  # and after that
+_SAMPLE_WAITING = Waiting(first=10.0)  # a member that has just been seated tells the swarm so a moment later
 
 
 class TrainerNode:
@@ -116,7 +117,7 @@ class TrainerNode:
 
     def _sample(self, loop: asyncio.AbstractEventLoop) -> str:
         if self._talk is None:
-            model = model_of_run(self.run, self._parts.config, self.network, _Elsewhere(loop))
+            model = model_of_run(self.run, self._parts.config, self.network, _Elsewhere(loop), _SAMPLE_WAITING)
             self._talk = Conversation(model, self._parts.tokenizer)
         table = self.run.sample
         prompt = self._talk.encode(table.prompt, raw=True)
