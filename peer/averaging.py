@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from peer.codecs import CHUNK, CODECS
-from peer.feedback import Feedback
-from peer.robust import ROBUST
-from swarm.assignments import Plan
+from peer.training.codecs import CHUNK, CODECS
+from peer.training.feedback import Feedback
+from peer.training.robust import ROBUST
+from swarm.agreement.assignments import Plan
+from swarm.agreement.messages import Averaged, Finding, Order, Piece, Report, Share
+from swarm.agreement.parts import parts, sharing
 from swarm.errors import BadTensor, RemoteError, StaleRound
-from swarm.parts import parts, sharing
 from swarm.rpc import Link, Reply, Rpc
 from swarm.types import Address, PeerId
 from swarm.wire import Done, Endpoint
-from swarm.wire_training import Averaged, Finding, Order, Piece, Report, Share
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Averager:
 
         Args:
             order: who takes part, and what this attempt is called.
-            sums: over samples, by group (`swarm.parts`): flat, fp32, on the CPU.
+            sums: over samples, by group (`swarm.agreement.parts`): flat, fp32, on the CPU.
             endpoints: where the others listen.
         """
         attempt = self._attempt = Attempt(self, order, sums, endpoints)

@@ -13,7 +13,7 @@ import torch
 
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import UsageError
-from swarm.quantized import weight_bytes
+from swarm.quantization.layers import weight_bytes
 from swarm.types import Span
 
 DEFAULT_CACHE_TOKENS = 16384

@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from swarm.errors import UsageError
-from swarm.hub import DEFAULT_MODEL
+from swarm.files.hub import DEFAULT_MODEL
 from swarm.types import Address, Span
 from swarm.wire import Rounding
 

@@ -11,8 +11,8 @@ from peer.cache import Leases
 from peer.config import ServeSettings
 from peer.executor import Executor
 from peer.load import Load
-from swarm.checkpoint import Progress
 from swarm.errors import UsageError
+from swarm.files.checkpoint import Progress
 from swarm.rpc import Rpc
 from swarm.types import ModelId, Span
 

@@ -22,14 +22,14 @@ from peer.executor import Executor
 from peer.hosting import Hosting
 from peer.mover import Means, Mover
 from peer.placement import Policy, Survey, best_span, reconsider, survey_parts
-from swarm.bearings import Bearings
-from swarm.checkpoint import Checkpoint, Progress
+from swarm.directory.reading import Part
 from swarm.discovery import Discovery
 from swarm.errors import InUse, ShoalError, UsageError
-from swarm.hub import resolve
+from swarm.files.checkpoint import Checkpoint, Progress
+from swarm.files.hub import resolve
 from swarm.identity import Identity
-from swarm.ping import bandwidth, ping
-from swarm.reading import Part
+from swarm.routes.bearings import Bearings
+from swarm.routes.ping import bandwidth, ping
 from swarm.rpc import Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, Offer, Span, State
@@ -394,6 +394,6 @@ def _import_heavy() -> None:
 
 
 def _count_blocks(checkpoint: Checkpoint) -> int:
-    from swarm.skeleton import num_blocks
+    from swarm.cutting.skeleton import num_blocks
 
     return num_blocks(checkpoint.config())

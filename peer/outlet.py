@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from swarm.errors import Internal, RemoteError, ShoalError, Unreachable
-from swarm.frames import Buffer
+from swarm.links.frames import Buffer
 from swarm.rpc import Link, Rpc
 from swarm.types import Address, PeerId
 from swarm.wire import Echo, Endpoint, Message

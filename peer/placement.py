@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from swarm.reading import Part
-from swarm.sampling import lot
+from swarm.directory.reading import Part
+from swarm.directory.sampling import lot
 from swarm.types import Offer, PeerId, Span, State
 
 EQUAL = 0.05  # spans whose worth differs by less are equally good to a newcomer

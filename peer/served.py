@@ -14,8 +14,8 @@ from peer.scheduler import Work
 from peer.stage import SessionState, StepInput
 from swarm import tensors, wire
 from swarm.errors import Forgotten, RemoteError, Unreachable
-from swarm.frames import Buffer
-from swarm.history import History, Mark, Piece
+from swarm.hops.history import History, Mark, Piece
+from swarm.links.frames import Buffer
 from swarm.rpc import Link, Rpc
 from swarm.types import PeerId, SessionId
 from swarm.wire import Rounding

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peer.admission import Admission
 from peer.cache import Leases
 from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
+from peer.kv.admission import Admission
 from peer.load import Load
 from peer.outlet import Failed
 from peer.scheduler import Slice, Work
@@ -35,7 +35,7 @@ from swarm.errors import (
     WrongModel,
     to_wire,
 )
-from swarm.rounding import choose
+from swarm.hops.rounding import choose
 from swarm.rpc import Link, Reply, Rpc
 from swarm.types import ModelId, SessionId, Span
 from swarm.wire import Rounding
@@ -214,7 +214,7 @@ class Server:
             self._forget(key)
         self._admission.serve()
 
-    # What `peer.admission` needs done.
+    # What `peer.kv.admission` needs done.
 
     def is_busy(self, session: SessionId) -> bool:
         """Whether steps of it wait or run, or it is only being opened."""

@@ -1,7 +1,7 @@
 """A span of blocks on a device, and the sessions whose keys and values it holds: steps in, hidden states out.
 
-What is ready of several sessions runs as one ragged forward (`swarm.ragged`), with keys and values in pages of one
-pool. Families that cannot be run so have a cache per session and run one by one.
+What is ready of several sessions runs as one ragged forward (`swarm.batching.ragged`), with keys and values in pages of
+one pool. Families that cannot be run so have a cache per session and run one by one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from peer.pages import Pages, Tables
-from peer.prefixes import Prefixes, Trail
-from swarm.caches import SessionCache
+from peer.kv.pages import Pages, Tables
+from peer.kv.prefixes import Prefixes, Trail
+from swarm.batching.pool import Kept, Pool
+from swarm.batching.ragged import Batch, Part
+from swarm.cutting.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, reorder, rollback
-from swarm.pool import Kept, Pool
-from swarm.ragged import Batch, Part
 from swarm.types import Span
 
 PAGE = 16  # positions

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from swarm.origin import config_of, stage_of, tokenizer_of
-from swarm.run import Run
-from swarm.samples import Samples
+from swarm.runs.origin import config_of, stage_of, tokenizer_of
+from swarm.runs.run import Run
+from swarm.runs.samples import Samples
 
 
 def whole_model(run: Run) -> Any:

@@ -13,10 +13,10 @@ from processes import Failed, LocalSwarm, terminated_like_interrupted
 from rich.console import Console
 from rich.markup import escape
 
-from swarm.checkpoint import Checkpoint
+from swarm.console.terminal import ProgressBars
 from swarm.errors import ShoalError
-from swarm.hub import DEFAULT_MODEL, resolve
-from swarm.terminal import ProgressBars
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 QUESTIONS = (
     "What is a shoal of fish, in two sentences?",
@@ -74,7 +74,7 @@ def _whole_model(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from swarm.conversation import load_tokenizer
+    from swarm.console.conversation import load_tokenizer
 
     torch.set_num_threads(1)
     disable_progress_bar()  # its bars would tear ours
@@ -83,7 +83,7 @@ def _whole_model(folder: Path) -> tuple[Any, Any]:
 
 def _ask(folder: Path, local: LocalSwarm, whole: Any, tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
     from swarm.client import SwarmModelForCausalLM
-    from swarm.conversation import Conversation
+    from swarm.console.conversation import Conversation
 
     with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[local.address]) as model:
         asker = _Asker(local, Conversation(model, tokenizer), whole, max_new_tokens)

@@ -14,11 +14,11 @@ from processes import Failed, LocalSwarm, PeerProcess, terminated_like_interrupt
 from rich.console import Console
 from rich.table import Table
 
-from swarm.checkpoint import silent
 from swarm.errors import ShoalError
-from swarm.metrics import Metrics, Round
-from swarm.run import Run, load
-from swarm.trainernode import TrainerNode
+from swarm.files.checkpoint import silent
+from swarm.runs.metrics import Metrics, Round
+from swarm.runs.run import Run, load
+from swarm.runs.trainer import TrainerNode
 from swarm.training import Trainer
 
 FILE = Path("configs/train-demo.toml")

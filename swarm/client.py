@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.caches import SessionCache
-from swarm.checkpoint import Checkpoint
-from swarm.decoding import SpeculatingMixin
-from swarm.drafting import load_draft_model
+from swarm.cutting.caches import SessionCache
 from swarm.errors import SessionLost, ShoalError, UsageError, WeightsChanged
-from swarm.hub import resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import resolve
 from swarm.model import load_ends, num_blocks
 from swarm.network import Network, Quantized, Waiting, warn_quantized
-from swarm.precision import Precision
-from swarm.quantization import KINDS
+from swarm.quantization.weights import KINDS
+from swarm.routes.precision import Precision
 from swarm.session import StepMeta
-from swarm.speculation import Speculate
+from swarm.speculation.decoding import SpeculatingMixin
+from swarm.speculation.drafting import load_draft_model
+from swarm.speculation.tuning import Speculate
 from swarm.swarm_cache import SwarmCache
 from swarm.types import ModelId, Span
 from swarm.wire import Rounding

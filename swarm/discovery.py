@@ -1,7 +1,8 @@
 """Who hosts what, where, how fast: offers, published in the hivemind DHT and read from it, signed and checked.
 
 An offer is told again well before it expires, until it is withdrawn, and again when the DHT node had to be replaced.
-Which tables it is put into, and which are read, `swarm.reading` says: a bounded number, however many peers there are.
+Which tables it is put into, and which are read, `swarm.directory.reading` says: a bounded number, however many peers
+there are.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from swarm import offers, reading, sampling
-from swarm.dht import Node, checked, now
+from swarm.directory import offers, reading, sampling
+from swarm.directory.dht import Node, checked, now
+from swarm.directory.membership import Membership
+from swarm.directory.offers import Kind, Record
+from swarm.directory.reading import Part, Reading
+from swarm.directory.sampling import Table
 from swarm.errors import DeadlineExceeded, ProtocolError, ShoalError
 from swarm.identity import Identity
-from swarm.membership import Membership
-from swarm.offers import Kind, Record
-from swarm.reading import Part, Reading
-from swarm.sampling import Table
 from swarm.types import Coordinate, ModelId, Offer, PeerId, Span
 
 RENEW_SECONDS = 20.0  # between two renewals of an offer, which lives for a minute

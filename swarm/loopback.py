@@ -5,7 +5,7 @@ take what comes, so nothing is lost and nothing is answered. Between peers that 
 retransmission lasts, and then the connection is lost. Beyond that, messages can be made to vanish, come twice, overtake
 each other or arrive as nonsense, which no TCP would do, because what is built on it must not depend on that.
 
-On `swarm.virtualtime.VirtualLoop`, the same seed gives the same course, event by event.
+On `swarm.links.virtualtime.VirtualLoop`, the same seed gives the same course, event by event.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from swarm import frames
 from swarm.errors import Closed, RemoteError, Unreachable, WrongKey, from_wire, to_wire
-from swarm.frames import Buffer
-from swarm.interfaces import Connection, Receiver
-from swarm.lane import Lane, Message
+from swarm.links import frames
+from swarm.links.frames import Buffer
+from swarm.links.interfaces import Connection, Receiver
+from swarm.links.lane import Lane, Message
 from swarm.types import Address, PeerId
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class LoopbackConnection:
 
     @property
     def host(self) -> str:
-        """Part of `swarm.interfaces.Connection`."""
+        """Part of `swarm.links.interfaces.Connection`."""
         return ""
 
     @property

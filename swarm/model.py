@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.blocks import StageModel, reorder, rollback
-from swarm.checkpoint import Checkpoint
+from swarm.cutting.blocks import StageModel, reorder, rollback
+from swarm.cutting.skeleton import Skeleton, num_blocks
+from swarm.cutting.verdict import check_cut, examine
 from swarm.errors import UsageError
-from swarm.quantization import Kind
-from swarm.quantloading import load_quantized, quantize_head
-from swarm.quantstore import QuantStore
-from swarm.skeleton import Skeleton, num_blocks
+from swarm.files.checkpoint import Checkpoint
+from swarm.quantization.loading import load_quantized, quantize_head
+from swarm.quantization.store import QuantStore
+from swarm.quantization.weights import Kind
 from swarm.types import Span
-from swarm.verdict import check_cut, examine
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel

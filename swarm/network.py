@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.bearings import Bearings
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
+from swarm.hops.liveroute import Neighbours, Shunned
 from swarm.identity import Identity
-from swarm.interfaces import Transport
-from swarm.liveroute import Neighbours, Shunned
-from swarm.ping import ping
-from swarm.precision import Kinds, Precision
+from swarm.links.interfaces import Transport
+from swarm.routes.bearings import Bearings
+from swarm.routes.ping import ping
+from swarm.routes.precision import Kinds, Precision
 from swarm.routing import View, find_route, uncovered
 from swarm.rpc import Rpc
 from swarm.session import Session, Sessions

@@ -14,8 +14,8 @@ A round is one optimizer step of all members together. Read `Coordinator.tick` f
 
 Deciding is single-decree Paxos (Lamport, "Paxos made simple", 2001), one instance a round: the voters are the roster's
 that the decision before named, term 0 belongs to the coordinator that it named, and a higher term to whom a majority
-has granted it (`swarm.participant`). So a decision is never changed, whoever dies, and two coordinators cannot decide
-differently; a member that missed one notices, and fetches its state from those who have not.
+has granted it (`swarm.agreement.participant`). So a decision is never changed, whoever dies, and two coordinators
+cannot decide differently; a member that missed one notices, and fetches its state from those who have not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,9 @@ from __future__ import annotations
 import enum
 from collections import defaultdict
 
-from swarm.assignments import Assignments, Plan, from_bits
-from swarm.avoidance import Avoidance
-from swarm.judgement import Verdict, accused, differing, doubly_counted, judge
-from swarm.roster import first, is_quorum, members, seats_of, stages, voters
-from swarm.types import PeerId
-from swarm.wire import Message
-from swarm.wire_training import (
+from swarm.agreement.assignments import Assignments, Plan, from_bits
+from swarm.agreement.judgement import Verdict, accused, differing, doubly_counted, judge
+from swarm.agreement.messages import (
     Agree,
     Chosen,
     Decision,
@@ -43,6 +39,10 @@ from swarm.wire_training import (
     Take,
     Work,
 )
+from swarm.agreement.roster import first, is_quorum, members, seats_of, stages, voters
+from swarm.routes.avoidance import Avoidance
+from swarm.types import PeerId
+from swarm.wire import Message
 
 BEAT = 0.25  # seconds between two signs of life
 SILENCE = 2.0  # seconds after which a peer counts as lost

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from swarm.costs import seconds_per_block, turn_seconds
 from swarm.errors import NoRoute
+from swarm.routes.costs import seconds_per_block, turn_seconds
 from swarm.types import Coordinate, Hop, Offer, PeerId, Route, Span, State
 
 SPREAD = 0.15  # offers that differ by less are about equally good; clients spread over them

@@ -28,8 +28,8 @@ from swarm.errors import (
     from_wire,
     to_wire,
 )
-from swarm.frames import Buffer
-from swarm.interfaces import Connection, Transport
+from swarm.links.frames import Buffer
+from swarm.links.interfaces import Connection, Transport
 from swarm.types import Address, PeerId
 from swarm.wire import Envelope, Kind, Message, pack_envelope
 

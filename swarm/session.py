@@ -2,7 +2,8 @@
 
 A step goes to the first hop and its answer comes from the last; the hops pass it on among themselves. Whichever hop
 cannot do its part tells us, and says who is at fault; silence is met with a deadline that follows what was measured.
-Then the one retry loop there is (`Session.step`) has the route repaired (`swarm.liveroute`) and sends the step again.
+Then the one retry loop there is (`Session.step`) has the route repaired (`swarm.hops.liveroute`) and sends the step
+again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from swarm import tensors, wire
-from swarm.avoidance import Avoidance
-from swarm.blame import Blame
 from swarm.errors import (
     BadTensor,
     BeyondCache,
@@ -34,10 +33,12 @@ from swarm.errors import (
     WeightsChanged,
     from_wire,
 )
-from swarm.history import History, Piece
-from swarm.liveroute import LiveRoute, RouteFinder
+from swarm.hops.blame import Blame
+from swarm.hops.history import History, Piece
+from swarm.hops.liveroute import LiveRoute, RouteFinder
+from swarm.hops.standby import Standby
+from swarm.routes.avoidance import Avoidance
 from swarm.rpc import Link, Rpc
-from swarm.standby import Standby
 from swarm.types import ModelId, PeerId, Route, SessionId, Span
 from swarm.wire import Rounding
 

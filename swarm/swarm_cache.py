@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.caches import LengthCache
+from swarm.cutting.caches import LengthCache
 from swarm.errors import UsageError
 from swarm.session import Session
-from swarm.speculation import Tuner
+from swarm.speculation.tuning import Tuner
 from swarm.types import Route
 
 

@@ -1,7 +1,7 @@
 """The trainer: reads data, sends micro-batches through the stages, holds no weights.
 
-Which micro-batches are its own is agreed with the coordinator (`swarm.borrower`); several are under way at once, so
-that all stages work. A micro-batch that cannot be brought to its end is given back, and is lent again.
+Which micro-batches are its own is agreed with the coordinator (`swarm.agreement.borrower`); several are under way at
+once, so that all stages work. A micro-batch that cannot be brought to its end is given back, and is lent again.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
-from swarm.avoidance import Avoidance
+from swarm.agreement.messages import Decision, Lent, Roster
 from swarm.errors import ModelDiverged, RemoteError, StaleRound
-from swarm.metrics import Round
-from swarm.passing import EVALUATION, Parcel, Passing, ordered
+from swarm.routes.avoidance import Avoidance
 from swarm.rpc import Rpc
-from swarm.run import Run
-from swarm.samples import Batch, Samples
+from swarm.runs.metrics import Round
+from swarm.runs.passing import EVALUATION, Parcel, Passing, ordered
+from swarm.runs.run import Run
+from swarm.runs.samples import Batch, Samples
+from swarm.runs.wire_passes import MAX_CANDIDATES
 from swarm.wire import Endpoint
-from swarm.wire_passes import MAX_CANDIDATES
-from swarm.wire_training import Decision, Lent, Roster
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 
-from swarm.connection import Limits, TcpConnection
 from swarm.errors import Busy, Closed, PortInUse, RemoteError, Unreachable, UsageError, WrongKey
 from swarm.identity import Identity, client_context
-from swarm.interfaces import Connection, Receiver
+from swarm.links.connection import Limits, TcpConnection
+from swarm.links.interfaces import Connection, Receiver
 from swarm.types import Address, PeerId
 
 log = logging.getLogger(__name__)

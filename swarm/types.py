@@ -11,7 +11,7 @@ PeerId = NewType("PeerId", str)
 """A peer's public key in libp2p's spelling (base58 of an identity multihash); `swarm.identity` makes and checks it."""
 
 ModelId = NewType("ModelId", str)
-"""A model named by its content: the hash of its config and weights, in hex; `swarm.checkpoint` computes it."""
+"""A model named by its content: the hash of its config and weights, in hex; `swarm.files.checkpoint` computes it."""
 
 SessionId = NewType("SessionId", bytes)
 """Sixteen random bytes, known only to the client and to the peers on its route."""

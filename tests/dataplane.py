@@ -8,12 +8,13 @@ import ssl
 import struct
 from collections.abc import AsyncIterator
 
-from swarm import frames, wire
-from swarm.connection import Limits
+from swarm import wire
 from swarm.errors import RemoteError
-from swarm.frames import FrameKind
 from swarm.identity import Identity, client_context
-from swarm.interfaces import Connection
+from swarm.links import frames
+from swarm.links.connection import Limits
+from swarm.links.frames import FrameKind
+from swarm.links.interfaces import Connection
 from swarm.rpc import Link, Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address

@@ -18,8 +18,8 @@ from processes import LocalSwarm, PeerProcess, terminated_like_interrupted
 from transformers import LogitsProcessorList
 
 from swarm import SwarmCache
-from swarm.checkpoint import Checkpoint
-from swarm.conversation import Conversation, load_tokenizer
+from swarm.console.conversation import Conversation, load_tokenizer
+from swarm.files.checkpoint import Checkpoint
 from swarm.session import Session
 from swarm.types import ModelId, Offer, PeerId
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 from peer.config import BootstrapSettings, ServeSettings
 from peer.node import Node, start_discovery
 from swarm.background import BackgroundLoop
-from swarm.checkpoint import silent
 from swarm.discovery import Discovery
+from swarm.files.checkpoint import silent
 from swarm.identity import Identity
 
 TINY = {

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from peer.executor import Executor
-from peer.member import MemberAttendance
-from peer.replica import STAGE
-from peer.transfer import digest_of_state
+from peer.training.member import MemberAttendance
+from peer.training.replica import STAGE
+from peer.training.transfer import digest_of_state
 from swarm import wire
-from swarm.assignments import Plan
-from swarm.attendance import TrainerAttendance
+from swarm.agreement.assignments import Plan
+from swarm.agreement.attendance import TrainerAttendance
+from swarm.agreement.messages import Lent
 from swarm.errors import Closed, ShoalError, Unreachable
 from swarm.identity import Identity
 from swarm.rpc import Link, Reply, Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, PeerId
 from swarm.wire import Done, Endpoint
-from swarm.wire_training import Lent
 
 HOST = "127.0.0.1"
 RUN = b"r" * 16
@@ -66,7 +66,7 @@ def gradient(plan: Plan, stage: int, round_: int, index: int, parameters: torch.
 
 
 class Linear:
-    """A `peer.replica.Replica`."""
+    """A `peer.training.replica.Replica`."""
 
     def __init__(self, plan: Plan, stage: int, length: int) -> None:
         self.plan = plan

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm.assignments import Plan
-from swarm.borrower import Borrower
+from swarm.agreement.assignments import Plan
+from swarm.agreement.borrower import Borrower
+from swarm.agreement.member import Abandon, Apply, Average, Fetch, Member, Restore, Settled, Void
+from swarm.agreement.messages import Averaged, Finding, Lent, Order, Report
+from swarm.agreement.participant import Participant
+from swarm.agreement.roster import stages
 from swarm.errors import NotReady, StaleRound
-from swarm.member import Abandon, Apply, Average, Fetch, Member, Restore, Settled, Void
-from swarm.participant import Participant
-from swarm.roster import stages
 from swarm.rounds import Phase
 from swarm.types import PeerId
 from swarm.wire import Endpoint, Message
-from swarm.wire_training import Averaged, Finding, Lent, Order, Report
 
 TICK = 0.05  # seconds
 COMPUTE = 0.02  # seconds of a micro-batch at one stage

@@ -18,8 +18,8 @@ from transformers import (
     get_scheduler,
 )
 
-from swarm.origin import byte_tokenizer, config_of, stage_of
-from swarm.run import Run, parse
+from swarm.runs.origin import byte_tokenizer, config_of, stage_of
+from swarm.runs.run import Run, parse
 
 torch.set_num_threads(1)  # on matrices as small as these, several only wait for each other
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from peer.admission import IDLE_SECONDS, LOST_SECONDS, MAX_QUEUE, Admission
 from peer.cache import Leases
+from peer.kv.admission import IDLE_SECONDS, LOST_SECONDS, MAX_QUEUE, Admission
 from swarm.errors import NoRoom
 from swarm.types import SessionId
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.averaging import Averager
-from peer.codecs import BLOCK, CODECS
-from peer.feedback import Feedback
-from peer.robust import ROBUST
-from swarm.assignments import Plan
+from peer.training.codecs import BLOCK, CODECS
+from peer.training.feedback import Feedback
+from peer.training.robust import ROBUST
+from swarm.agreement.assignments import Plan
+from swarm.agreement.messages import Decision, Order, Piece, Report, Roster, Seat, Share
+from swarm.agreement.parts import group_of_stage, parts
 from swarm.errors import BadTensor, StaleRound
-from swarm.parts import group_of_stage, parts
 from swarm.types import PeerId
 from swarm.wire import Endpoint
-from swarm.wire_training import Decision, Order, Piece, Report, Roster, Seat, Share
 
 LINE = b"l" * 16
 GROUP = group_of_stage(0)

@@ -9,10 +9,11 @@ import pytest
 from dataplane import linked
 from test_routing import offer
 
-from swarm import bearings, wire
-from swarm.bearings import Bearings
+from swarm import wire
 from swarm.coordinates import distance
-from swarm.ping import TIMES, ping
+from swarm.routes import bearings
+from swarm.routes.bearings import Bearings
+from swarm.routes.ping import TIMES, ping
 from swarm.rpc import LIGHT, Link, Reply
 from swarm.types import Coordinate, Offer, PeerId
 

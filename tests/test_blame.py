@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from swarm.avoidance import Avoidance
-from swarm.blame import Blame
 from swarm.errors import BeyondCache, Busy, DeadlineExceeded, NoRoom, RemoteError, UnknownSession, Unreachable
+from swarm.hops.blame import Blame
+from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swarm import checkpoint
-from swarm.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, file_sha256
 from swarm.errors import ModelCorrupt, ModelNotFound
+from swarm.files import checkpoint
+from swarm.files.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, file_sha256
 
 CONFIG_OF_A_LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
 LONG_AGO = 1_700_000_000
@@ -297,7 +297,7 @@ def test_a_blob_of_the_hub_is_not_read_to_be_hashed(tmp_path: Path, monkeypatch:
 def test_naming_a_model_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     folder = whole(tmp_path / "model")
     code = (
-        "import sys; from pathlib import Path; from swarm.checkpoint import Checkpoint;"
+        "import sys; from pathlib import Path; from swarm.files.checkpoint import Checkpoint;"
         "print(Checkpoint(Path(sys.argv[1])).model_id);"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import peer.cli
 import swarm.cli
-from peer.cli import _Meter
-from swarm.terminal import _KeyValues, addresses_in, error_line, spread
+from peer.console import Meter
+from swarm.console.terminal import _KeyValues, addresses_in, error_line, spread
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWBzPTxnLRtQrUsYkzxnBQBGkjjRnCNZB2UYbBbGnqjnF5"
 
@@ -105,7 +105,7 @@ def test_a_trace_in_the_log_is_one_value() -> None:
 
 
 def test_the_meter_shows_what_happened_of_late() -> None:
-    meter = _Meter(looks=3)
+    meter = Meter(looks=3)
     assert meter.speed(100, 10.0) == 0.0
     assert meter.speed(110, 11.0) == 10.0
     assert meter.speed(130, 12.0) == 15.0

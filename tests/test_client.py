@@ -16,7 +16,7 @@ from inprocess import Swarm, running_swarm, save_llama
 from transformers import DynamicCache, TextIteratorStreamer, pipeline, set_seed
 
 from swarm import SwarmCache, SwarmModelForCausalLM
-from swarm.conversation import load_tokenizer
+from swarm.console.conversation import load_tokenizer
 from swarm.errors import CannotJoin, ModelNotFound, NoRoom, NoRoute, UsageError
 
 PROMPT = torch.tensor([[5, 17, 23, 42, 99, 7, 64]])

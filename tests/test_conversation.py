@@ -13,9 +13,9 @@ from inprocess import Swarm, running_swarm
 from transformers import set_seed
 
 from swarm import SwarmModelForCausalLM
-from swarm.conversation import Conversation, load_tokenizer
+from swarm.console.conversation import Conversation, load_tokenizer
 from swarm.errors import NoRoom, UsageError
-from swarm.speculation import Counts
+from swarm.speculation.tuning import Counts
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 

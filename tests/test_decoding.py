@@ -21,10 +21,10 @@ from transformers import (
     set_seed,
 )
 
-from swarm.decoding import SpeculatingMixin, _Answer, generate
-from swarm.drafting import LookupDrafter
 from swarm.errors import UsageError
-from swarm.speculation import Speculate, Tuner
+from swarm.speculation.decoding import SpeculatingMixin, _Answer, generate
+from swarm.speculation.drafting import LookupDrafter
+from swarm.speculation.tuning import Speculate, Tuner
 from swarm.swarm_cache import SwarmCache
 
 PROMPT = torch.tensor([[5, 17, 23, 5, 17, 23, 5]])

@@ -21,13 +21,14 @@ import psutil
 import pytest
 import uvloop
 
-from swarm import discovery, membership, offers, sampling
-from swarm.daemon import Daemon
-from swarm.dht import Node
+from swarm import discovery
+from swarm.directory import membership, offers, sampling
+from swarm.directory.daemon import Daemon
+from swarm.directory.dht import Node
+from swarm.directory.offers import INDEX_KEY, Kind, bucket_keys, pack
 from swarm.discovery import Discovery, Listing
 from swarm.errors import CannotJoin, Closed, PortInUse, UsageError
 from swarm.identity import Identity
-from swarm.offers import INDEX_KEY, Kind, bucket_keys, pack
 from swarm.types import Address, Coordinate, ModelId, Offer, Span, State
 
 MODEL, OTHER_MODEL = ModelId("ab" * 32), ModelId("cd" * 32)
@@ -384,7 +385,7 @@ async def test_the_daemon_dies_with_a_killed_parent() -> None:
 async def test_the_watchdog_does_the_same_where_the_kernel_cannot() -> None:
     text = """
 import asyncio
-from swarm.daemon import Daemon
+from swarm.directory.daemon import Daemon
 from swarm.identity import Identity
 async def main():
     daemon = await Daemon.start(Identity.generate(), watchdog=True)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from swarm import embedded, hub
-from swarm.checkpoint import SINGLE, Checkpoint, silent
 from swarm.errors import DiskFull, ModelCorrupt, ModelNotFound, UsageError
+from swarm.files import embedded, hub
+from swarm.files.checkpoint import SINGLE, Checkpoint, silent
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,7 @@ def test_a_cache_folder_that_is_no_folder(wheel: Path, home: Path) -> None:
 PREPARE = """
 import sys, time
 from pathlib import Path
-from swarm import embedded
+from swarm.files import embedded
 
 embedded.WHEEL_SHA256, stop_at, go_on = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 

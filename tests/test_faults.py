@@ -10,7 +10,7 @@ from virtualswarm import CLIENT, Client, Outcome, VirtualSwarm, peer_name, swarm
 
 from peer import server
 from swarm.errors import NoRoute, RemoteError
-from swarm.liveroute import LiveRoute
+from swarm.hops.liveroute import LiveRoute
 
 KINDS = ["greedy", "sampling", "padded", "beams", "speculative"]
 

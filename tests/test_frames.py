@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import frames
 from swarm.errors import Malformed, Oversized, ProtocolError
-from swarm.frames import CHUNK, MAX_STREAMS, WHOLE_LIMIT, FrameKind, FrameReader, Received, StreamBudget
+from swarm.links import frames
+from swarm.links.frames import CHUNK, MAX_STREAMS, WHOLE_LIMIT, FrameKind, FrameReader, Received, StreamBudget
 from swarm.wire import MAX_HEADER
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.history import History, Mark, Piece
+from swarm.hops.history import History, Mark, Piece
 
 
 class Follower:

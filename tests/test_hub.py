@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-from swarm import embedded, hub
-from swarm.checkpoint import SINGLE
 from swarm.errors import DiskFull, ModelCorrupt, ModelNotFound, UsageError
+from swarm.files import embedded, hub
+from swarm.files.checkpoint import SINGLE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = json.dumps({"model_type": "llama"}).encode()

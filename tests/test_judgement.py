@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.assignments import LEAST_SECONDS, UNTOLD_SECONDS, Assignments, Plan, from_bits, to_bits
-from swarm.judgement import accused, differing, doubly_counted, judge
-from swarm.roster import is_quorum, voters
+from swarm.agreement.assignments import LEAST_SECONDS, UNTOLD_SECONDS, Assignments, Plan, from_bits, to_bits
+from swarm.agreement.judgement import accused, differing, doubly_counted, judge
+from swarm.agreement.messages import Averaged, Finding, Report, Roster, Seat, Share
+from swarm.agreement.roster import is_quorum, voters
 from swarm.types import PeerId
 from swarm.wire import Endpoint
-from swarm.wire_training import Averaged, Finding, Report, Roster, Seat, Share
 
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
 ORDER = [A, B, C]

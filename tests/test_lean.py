@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarm.lean import Lean
+from swarm.cutting.lean import Lean
 
 
 class Block(nn.Module):

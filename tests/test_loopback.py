@@ -12,10 +12,10 @@ import pytest
 
 from swarm import wire
 from swarm.errors import DeadlineExceeded, Malformed, RemoteError, Unreachable, WrongKey
+from swarm.links.virtualtime import Deadlock, run_virtually
 from swarm.loopback import LoopbackNetwork
 from swarm.rpc import Link, Rpc
 from swarm.types import Address, PeerId
-from swarm.virtualtime import Deadlock, run_virtually
 
 A, B = PeerId("a"), PeerId("b")
 ANYWHERE = Address("memory", 0)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from linear import HOST, RUN, LinearTrainer, Tell, Told, alone
 
-from swarm.assignments import Plan
+from swarm.agreement.assignments import Plan
 from swarm.errors import RemoteError
 from swarm.types import Address, PeerId
 from swarm.wire import Endpoint

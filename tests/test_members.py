@@ -10,7 +10,7 @@ import pytest
 import torch
 from linear import RUN, SPOILS, LinearMember, LinearTrainer, alone
 
-from swarm.assignments import Plan
+from swarm.agreement.assignments import Plan
 from swarm.types import PeerId
 from swarm.wire import Endpoint
 

@@ -21,12 +21,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from swarm import skeleton, verdict
-from swarm.caches import SessionCache
-from swarm.checkpoint import Checkpoint
+from swarm.cutting import skeleton, verdict
+from swarm.cutting.caches import SessionCache
+from swarm.cutting.shrink import shrink
 from swarm.errors import CannotCut, ModelCorrupt, UsageError
+from swarm.files.checkpoint import Checkpoint
 from swarm.model import StageModel, check_cut, load_ends, load_stage, num_blocks, reorder, rollback
-from swarm.shrink import shrink
 from swarm.types import Span
 
 SMALL: dict[str, Any] = {

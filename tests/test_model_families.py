@@ -17,7 +17,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from peer.stage import Stage, StepInput
-from swarm.caches import LengthCache
+from swarm.cutting.caches import LengthCache
 from swarm.errors import CannotCut
 from swarm.model import check_cut, load_ends, load_stage, num_blocks
 from swarm.types import Span

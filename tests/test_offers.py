@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm import offers
+from swarm.directory import offers
+from swarm.directory.offers import Kind
 from swarm.errors import Forged, Malformed, Oversized, ProtocolError, UsageError
 from swarm.identity import Identity
-from swarm.offers import Kind
 from swarm.types import Address, ModelId, Offer, Span, State
 
 NOW = 1_800_000_000.0
@@ -271,6 +271,6 @@ def test_expired_or_too_far_ahead(now: float) -> None:
 
 
 def test_keys_hash_as_hivemind_does() -> None:
-    from swarm.hive import DHTID
+    from swarm.directory.hive import DHTID
 
     assert DHTID.generate(source=offers.INDEX_KEY).to_bytes() == offers.hashed(offers.INDEX_KEY)

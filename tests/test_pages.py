@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.pages import Pages, Tables
+from peer.kv.pages import Pages, Tables
 
 SIZE = 4
 

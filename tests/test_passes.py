@@ -12,20 +12,20 @@ import torch
 from dataplane import ListeningRpc
 from runs import small_run, tokens
 
-from peer.checkpoints import Checkpoints
 from peer.executor import Executor
-from peer.passes import Passes
-from peer.training_stage import MicroBatch, TrainingStage
+from peer.training.checkpoints import Checkpoints
+from peer.training.passes import Passes
+from peer.training.stage import MicroBatch, TrainingStage
 from swarm import tensors
 from swarm.errors import BadTensor, RemoteError, StaleRound, Unreachable, WrongModel
 from swarm.identity import Identity
-from swarm.origin import byte_tokenizer, config_of, stage_of
-from swarm.passing import EVALUATION, Parcel, Passing, ordered
 from swarm.rpc import Rpc
-from swarm.run import Run
+from swarm.runs.origin import byte_tokenizer, config_of, stage_of
+from swarm.runs.passing import EVALUATION, Parcel, Passing, ordered
+from swarm.runs.run import Run
+from swarm.runs.wire_passes import Pass
 from swarm.transport import TcpTransport
 from swarm.wire import Endpoint
-from swarm.wire_passes import Pass
 
 WAIT = 20.0
 

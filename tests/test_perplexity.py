@@ -16,8 +16,8 @@ from inprocess import running_swarm, save_llama
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.console.perplexity import default_text, measure, read_text, windows_of
 from swarm.errors import UsageError
-from swarm.perplexity import default_text, measure, read_text, windows_of
 
 TOKENS = [3 + (7 * index * index) % 120 for index in range(100)]
 

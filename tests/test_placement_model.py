@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.placement import Move, Policy, Stay, Survey, choose_span, decide, pauses, reconsider, survey
-from swarm.reading import Part
-from swarm.sampling import lot
+from swarm.directory.reading import Part
+from swarm.directory.sampling import lot
 from swarm.types import ModelId, Offer, PeerId, Span, State
 
 BLOCKS = 12

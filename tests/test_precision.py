@@ -15,7 +15,7 @@ from test_routing import offer
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import NoRoute, UsageError
-from swarm.precision import KINDS, Kinds, Precision, best
+from swarm.routes.precision import KINDS, Kinds, Precision, best
 from swarm.routing import find_route, uncovered
 from swarm.types import Hop, Offer, Route, Span
 

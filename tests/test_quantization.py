@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import ModelCorrupt
-from swarm.kernels import CpuInt4, FbgemmInt8, Kernel, Plain, TiledInt4, WeightOnlyInt8, kernel_for
-from swarm.quantization import GROUP, KINDS, Kind, QuantizedWeight, joined, pack_nibbles, quantize, unpack_nibbles
+from swarm.quantization.kernels import CpuInt4, FbgemmInt8, Kernel, Plain, TiledInt4, WeightOnlyInt8, kernel_for
+from swarm.quantization.weights import (
+    GROUP,
+    KINDS,
+    Kind,
+    QuantizedWeight,
+    joined,
+    pack_nibbles,
+    quantize,
+    unpack_nibbles,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -65,7 +74,7 @@ def test_a_constant_matrix_is_kept_as_it_is(kind: Kind, value: float) -> None:
 def test_many_rows_are_rounded_as_one_alone(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(50, 2 * GROUP)
     whole = quantize(weight, kind)
-    monkeypatch.setattr("swarm.quantization._PIECE", 3 * 2 * GROUP)
+    monkeypatch.setattr("swarm.quantization.weights._PIECE", 3 * 2 * GROUP)
     in_pieces = quantize(weight, kind)
     assert torch.equal(whole.dequantized(), in_pieces.dequantized())
     halves = joined([quantize(weight[:20], kind), quantize(weight[20:], kind)])

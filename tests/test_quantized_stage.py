@@ -22,11 +22,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelCorrupt, UsageError
+from swarm.files.checkpoint import Checkpoint
 from swarm.model import StageModel, load_ends, load_stage
-from swarm.quantization import GROUP, KINDS, Kind
-from swarm.quantized import Product, QuantizedLinear, linears, weight_bytes
+from swarm.quantization.layers import Product, QuantizedLinear, linears, weight_bytes
+from swarm.quantization.weights import GROUP, KINDS, Kind
 from swarm.types import Span
 
 SMALL: dict[str, Any] = {
@@ -243,7 +243,7 @@ def test_a_weight_that_is_no_number_is_found(tmp_path: Path) -> None:
 _PEAK = """
 import ctypes, shutil, sys, torch
 from pathlib import Path
-from swarm.checkpoint import cache_folder
+from swarm.files.checkpoint import cache_folder
 from swarm.model import load_stage
 from swarm.types import Span
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import torch
 from inprocess import save_llama
 
 from peer.stage import PAGE, SessionState, Stage, StepInput
+from swarm.batching.pool import Pool
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, load_stage, reorder, rollback
-from swarm.pool import Pool
 from swarm.types import Span
 
 BLOCKS = 3

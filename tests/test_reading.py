@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from test_routing_model import FAR, HERE, an_offer
 
 from peer.placement import survey, survey_parts
-from swarm.reading import Found, answered, for_offer, for_route, for_survey
-from swarm.routing import uncovered
-from swarm.sampling import (
+from swarm.directory.reading import Found, answered, for_offer, for_route, for_survey
+from swarm.directory.sampling import (
     CELLS,
     DRAWN,
     FASTEST,
@@ -34,6 +33,7 @@ from swarm.sampling import (
     slice_width,
     tables_of,
 )
+from swarm.routing import uncovered
 from swarm.types import Coordinate, Offer, PeerId, Span, State
 
 BLOCKS = 32

@@ -20,7 +20,7 @@ from processes import LocalSwarm
 from relay import HOST, Relay
 
 from swarm import SwarmCache, SwarmModelForCausalLM
-from swarm.checkpoint import Checkpoint
+from swarm.files.checkpoint import Checkpoint
 
 ONE_WAY = 0.05
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from inprocess import Swarm, running_swarm, save_llama
 
-from swarm import rounding
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import DeadlineExceeded, UsageError
+from swarm.hops import rounding
 from swarm.wire import Rounding
 
 PROMPT = torch.arange(3, 43).unsqueeze(0)

@@ -13,9 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.coordinates import distance
-from swarm.costs import seconds_per_block, turn_seconds
 from swarm.errors import NoRoute
-from swarm.explanation import explain
+from swarm.routes.costs import seconds_per_block, turn_seconds
+from swarm.routes.explanation import explain
 from swarm.routing import View, find_route, uncovered
 from swarm.types import Coordinate, Hop, ModelId, Offer, PeerId, Route, Span, State
 

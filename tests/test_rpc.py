@@ -12,7 +12,7 @@ import msgpack
 import pytest
 from dataplane import ANYWHERE, WAIT, Stranger, linked, listening, stranger
 
-from swarm import frames, rpc, wire
+from swarm import rpc, wire
 from swarm.errors import (
     Busy,
     Closed,
@@ -27,8 +27,9 @@ from swarm.errors import (
     UsageError,
     WrongKey,
 )
-from swarm.frames import FrameKind
 from swarm.identity import Identity
+from swarm.links import frames
+from swarm.links.frames import FrameKind
 from swarm.rpc import Link, Reply, Rpc
 from swarm.transport import TcpTransport
 from swarm.wire import Kind

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from runs import run_text, save_run, small_run
 
 from swarm.errors import UsageError
-from swarm.origin import byte_tokenizer, config_of
-from swarm.run import Run, differences, load, parse
+from swarm.runs.origin import byte_tokenizer, config_of
+from swarm.runs.run import Run, differences, load, parse
 from swarm.types import Span
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from runs import small_run
 
-from swarm.corpus import clean, documents, normalized
 from swarm.errors import UsageError
-from swarm.origin import byte_tokenizer
-from swarm.run import IGNORED, DataTable, Run
-from swarm.samples import Samples, _Finite, _Streamed, permutation
+from swarm.runs.corpus import clean, documents, normalized
+from swarm.runs.origin import byte_tokenizer
+from swarm.runs.run import IGNORED, DataTable, Run
+from swarm.runs.samples import Samples, _Finite, _Streamed, permutation
 
 TEXTS = [f"Fish number {number} swims in shoal {number % 7}." for number in range(60)]
 
@@ -112,7 +112,7 @@ def test_a_dataset_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "fish"
     folder.mkdir()
     write_lines(folder)
-    from swarm.corpus import _dataset
+    from swarm.runs.corpus import _dataset
 
     assert list(_dataset(DataTable(source=str(folder)))) == TEXTS
     with pytest.raises(UsageError, match=r"data\.field: rows of .* have text"):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.lookup import LONGEST, Lookup
-from swarm.speculation import MODEL, MOST, Counts, Speculate, Trips, Tuner
+from swarm.speculation.lookup import LONGEST, Lookup
+from swarm.speculation.tuning import MODEL, MOST, Counts, Speculate, Trips, Tuner
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 

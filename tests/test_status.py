@@ -10,11 +10,11 @@ from hypothesis import given
 from rich.console import Console
 from test_routing import BLOCKS, offer, swarms
 
+from swarm.console.outlook import is_called
+from swarm.console.status import WIDE, as_json, as_table, coverage, route_json, route_table
 from swarm.errors import NoRoute
-from swarm.explanation import explain
-from swarm.outlook import is_called
+from swarm.routes.explanation import explain
 from swarm.routing import find_route
-from swarm.status import WIDE, as_json, as_table, coverage, route_json, route_table
 from swarm.types import ModelId, Offer, State
 
 MODEL = ModelId("ab" * 32)

@@ -10,9 +10,9 @@ import torch
 from runs import FAMILIES, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from swarm.layout import STAGE, TIED, Layout
-from swarm.run import IGNORED
-from swarm.trainable import TrainableStage, fresh_stage, load_stage
+from swarm.runs.layout import STAGE, TIED, Layout
+from swarm.runs.run import IGNORED
+from swarm.runs.trainable import TrainableStage, fresh_stage, load_stage
 from swarm.types import Span
 
 CUTS = {"two stages": (0, 2, 4), "three stages": (0, 1, 3, 4)}

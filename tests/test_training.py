@@ -12,10 +12,10 @@ from training_swarm import TrainingSwarm, samples_of_rounds, train, training_swa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.errors import ModelDiverged, UsageError
-from swarm.metrics import Round
-from swarm.origin import byte_tokenizer
-from swarm.run import Run, parse
-from swarm.samples import Samples
+from swarm.runs.metrics import Round
+from swarm.runs.origin import byte_tokenizer
+from swarm.runs.run import Run, parse
+from swarm.runs.samples import Samples
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ async def test_what_was_trained_is_gathered_into_an_ordinary_folder(tmp_path: Pa
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(evaluated, rel=1e-5)
 
-    from swarm.trainshow import gather_saved
+    from swarm.console.trainshow import gather_saved
 
     gather_saved(run, tmp_path / "checkpoints", tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -126,7 +126,7 @@ async def test_what_was_trained_is_gathered_into_an_ordinary_folder(tmp_path: Pa
 
 async def swarm_loss(swarm: TrainingSwarm, ids: torch.Tensor) -> float:
     """The mean loss as the run's stages have it now."""
-    from swarm.passing import EVALUATION, Parcel
+    from swarm.runs.passing import EVALUATION, Parcel
 
     trainer = swarm.trainers[0].trainer
     route = trainer._route((), 0)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from runs import reference_curve, small_run, tokens
 
-from peer.checkpoints import Checkpoints
-from peer.optimizer import PIECE, Optimizer
-from peer.training_stage import MicroBatch, TrainingStage
+from peer.training.checkpoints import Checkpoints
+from peer.training.optimizer import PIECE, Optimizer
+from peer.training.stage import MicroBatch, TrainingStage
 from swarm.errors import BadTensor, DiskFull, ModelCorrupt, SumLost, UsageError
-from swarm.origin import byte_tokenizer, config_of, stage_of
-from swarm.run import Run
-from swarm.schedule import schedule_of
+from swarm.runs.origin import byte_tokenizer, config_of, stage_of
+from swarm.runs.run import Run
+from swarm.runs.schedule import schedule_of
 from swarm.tensors import to_bytes
 from swarm.wire import MAX_POSITIONS
 
@@ -163,7 +163,7 @@ def test_a_newcomer_that_takes_over_a_replicas_state_goes_on_like_it() -> None:
 def test_a_state_comes_in_pieces_that_may_travel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A stage may have more weights than a dimension of one message may have items."""
     assert PIECE <= MAX_POSITIONS
-    monkeypatch.setattr("peer.optimizer.PIECE", 1000)
+    monkeypatch.setattr("peer.training.optimizer.PIECE", 1000)
     run = small_run(more="\n[checkpoint]\nevery = 1\n")
     (old,), (new,) = stages_of(run, tmp_path), stages_of(run)
     whole_round([old], 0)
@@ -234,7 +234,7 @@ def test_evaluating_counts_nothing() -> None:
 def test_a_schedule_that_cannot_be_used_is_refused(name: str, told: str) -> None:
     from runs import run_text
 
-    from swarm.run import parse
+    from swarm.runs.run import parse
 
     with pytest.raises(UsageError, match=told):
         schedule_of(parse(run_text().replace('"cosine"', f'"{name}"')))
@@ -289,7 +289,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path, monkeypatch:
         path.write_bytes(b"the beginning of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("peer.checkpoints.save_file", full)
+    monkeypatch.setattr("peer.training.checkpoints.save_file", full)
     for round in range(2, 4):
         whole_round(stages, round)
     assert stages[0].round == 4

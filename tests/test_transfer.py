@@ -10,12 +10,12 @@ import pytest
 import torch
 from dataplane import linked
 
-from peer import transfer
-from peer.transfer import Donor, Fetched, Named, digest_of_state
+from peer.training import transfer
+from peer.training.transfer import Donor, Fetched, Named, digest_of_state
+from swarm.agreement.messages import Decision, Roster, Seat
 from swarm.errors import BadTensor, Busy, Forgotten, StaleRound
 from swarm.rpc import Link
 from swarm.wire import Endpoint
-from swarm.wire_training import Decision, Roster, Seat
 
 LINE = b"l" * 16
 ODD = torch.arange(3, dtype=torch.uint8)  # what follows it is not aligned

@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from dataplane import ANYWHERE, WAIT, Inbox, Stranger, connected, listening, stranger
 
-from swarm import frames, wire
-from swarm.connection import Limits, TcpConnection
+from swarm import wire
 from swarm.errors import (
     Closed,
     DeadlineExceeded,
@@ -25,8 +24,10 @@ from swarm.errors import (
     UsageError,
     WrongKey,
 )
-from swarm.frames import CHUNK, MAX_STREAMS, FrameKind
 from swarm.identity import Identity
+from swarm.links import frames
+from swarm.links.connection import Limits, TcpConnection
+from swarm.links.frames import CHUNK, MAX_STREAMS, FrameKind
 from swarm.transport import TcpTransport
 from swarm.types import Address
 

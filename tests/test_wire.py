@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm import wire, wire_training
+from swarm import wire
+from swarm.agreement import messages
 from swarm.errors import BadTensor, Malformed, Oversized, ProtocolError, UnknownMessage
 from swarm.wire import Kind
 
@@ -20,7 +21,7 @@ KEY = b"k" * 16
 
 specs = st.builds(wire.TensorSpec, st.sampled_from(list(wire.ITEM_SIZES)), st.lists(st.integers(0, 4096), max_size=4))
 TRAINING: list[type[wire.Message]] = [
-    kind for kind in vars(wire_training).values() if isinstance(kind, type) and kind.__module__ == "swarm.wire_training"
+    kind for kind in vars(messages).values() if isinstance(kind, type) and kind.__module__ == "swarm.agreement.messages"
 ]
 BODIES: list[type[wire.Message]] = [
     *get_args(wire.Body),

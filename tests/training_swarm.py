@@ -12,14 +12,14 @@ import torch
 
 from peer.config import BootstrapSettings, TrainSettings
 from peer.node import start_discovery
-from peer.trainnode import TrainNode
-from swarm.checkpoint import silent
+from peer.training.node import TrainNode
 from swarm.discovery import Discovery
+from swarm.files.checkpoint import silent
 from swarm.identity import Identity
-from swarm.metrics import Round
-from swarm.run import Run
-from swarm.samples import Samples
-from swarm.trainernode import TrainerNode
+from swarm.runs.metrics import Round
+from swarm.runs.run import Run
+from swarm.runs.samples import Samples
+from swarm.runs.trainer import TrainerNode
 
 
 class TrainingSwarm:

@@ -28,12 +28,12 @@ from peer.cache import Leases
 from peer.server import Server
 from peer.stage import Stage
 from swarm.errors import ShoalError
+from swarm.links.virtualtime import run_virtually
 from swarm.loopback import LoopbackNetwork, LoopbackTransport
 from swarm.network import Network, Waiting
 from swarm.rpc import Rpc
 from swarm.session import Session, StepMeta
 from swarm.types import Address, ModelId, Offer, PeerId, Span, State
-from swarm.virtualtime import run_virtually
 
 MODEL = ModelId("m" * 64)
 OFFER_SECONDS = 30.0  # that a dead peer's offer is still read

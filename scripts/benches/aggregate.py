@@ -17,8 +17,8 @@ from benches.askers import Asker, asking
 from benches.generation import generate, prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Row
-from swarm.checkpoint import Checkpoint
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 CLIENTS = (1, 4, 8, 16)
 MUST = {("float32", 8): Must("ratio", ">=", 4.0), ("bfloat16", 8): Must("ratio", ">=", 6.0)}

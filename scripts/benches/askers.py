@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from processes import Failed, LocalSwarm
 
 from benches.child import running
-from swarm.checkpoint import Checkpoint
+from swarm.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from benches.child import running
 from benches.generation import prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = Must("ratio", "<=", 3.0)
 ALL = Must("value", "==", 1.0)

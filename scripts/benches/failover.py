@@ -18,9 +18,9 @@ from processes import LocalSwarm, PeerProcess
 from benches.generation import generate, prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmCache, SwarmModelForCausalLM
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = {0: Must("value", "<=", 1.0), 1: Must("value", "<=", 0.3)}  # spares at each hop: seconds
 EXACT = Must("value", "==", 1.0)

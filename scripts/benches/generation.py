@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from swarm.conversation import load_tokenizer
+from swarm.console.conversation import load_tokenizer
 
 PROMPT_TOKENS = 33
 NEW_TOKENS = 64

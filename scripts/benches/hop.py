@@ -19,8 +19,8 @@ from transformers.utils import logging
 from benches.generation import generate, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
+from swarm.files.checkpoint import Checkpoint
 
 PEERS = (1, 2, 4)
 MUST = Must("value", "<=", 0.5)

@@ -17,9 +17,9 @@ from benches.child import running
 from benches.generation import NEW_TOKENS, generate, prompt
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = Must("value", "<=", 920)
 MUST_PROCESSES = Must("value", "==", 2)

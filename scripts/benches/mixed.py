@@ -13,8 +13,8 @@ from benches.askers import Answer, asking
 from benches.generation import prompt
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = Must("ratio", "<=", 4.0)
 ROUNDS = 3

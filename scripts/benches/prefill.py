@@ -11,9 +11,9 @@ from processes import LocalSwarm
 from benches.generation import generate, prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
-from swarm.hub import DEFAULT_MODEL, resolve
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = Must("ratio", ">=", 1.5)
 ROUNDS = 9

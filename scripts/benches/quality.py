@@ -13,12 +13,12 @@ from processes import LocalSwarm
 from benches.generation import whole_model
 from benches.plan import Plan
 from benches.rows import Must, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
-from swarm.conversation import load_tokenizer
-from swarm.hub import DEFAULT_MODEL, resolve
-from swarm.perplexity import WINDOW, default_text, windows_of
-from swarm.perplexity import measure as perplexity
+from swarm.console.conversation import load_tokenizer
+from swarm.console.perplexity import WINDOW, default_text, windows_of
+from swarm.console.perplexity import measure as perplexity
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
 
 MUST = {"none": 1.0001, "int8": 1.01, "int4": 1.08}  # how weights are kept: of the reference's perplexity, at most
 WINDOWS, QUICK_WINDOWS = 16, 3

@@ -42,14 +42,14 @@ async def hear() -> Any:
 async def ours(rank: int, length: int, dtype: str) -> tuple[Reduce, int]:
     """`peer.averaging` over the data plane, TLS and all."""
     from peer.averaging import Averager
-    from swarm.assignments import Plan
+    from swarm.agreement.assignments import Plan
+    from swarm.agreement.messages import Decision, Order, Roster, Seat, Share
+    from swarm.agreement.parts import group_of_stage
     from swarm.identity import Identity
-    from swarm.parts import group_of_stage
     from swarm.rpc import Rpc
     from swarm.transport import TcpTransport
     from swarm.types import Address, PeerId
     from swarm.wire import Endpoint
-    from swarm.wire_training import Decision, Order, Roster, Seat, Share
 
     transport = TcpTransport(Identity.generate())
     rpc = Rpc(transport)

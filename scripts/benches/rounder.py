@@ -17,9 +17,9 @@ import torch
 import uvloop
 
 from peer.executor import Executor
-from peer.member import MemberAttendance
-from peer.replica import STAGE
-from swarm.assignments import Plan
+from peer.training.member import MemberAttendance
+from peer.training.replica import STAGE
+from swarm.agreement.assignments import Plan
 from swarm.identity import Identity
 from swarm.rpc import Rpc
 from swarm.transport import TcpTransport
@@ -33,7 +33,7 @@ AHEAD = 0.02  # seconds between a round's beginning and its last gradient: every
 
 
 class Nothing:
-    """A `peer.replica.Replica` whose steps take no time."""
+    """A `peer.training.replica.Replica` whose steps take no time."""
 
     def __init__(self) -> None:
         self.round = -1

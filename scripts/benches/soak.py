@@ -31,7 +31,7 @@ from benches import soaker
 from benches.plan import Plan
 from benches.rows import Must, Row
 from benches.soaker import WAYS, Work
-from swarm.checkpoint import Checkpoint
+from swarm.files.checkpoint import Checkpoint
 
 SECONDS, QUICK_SECONDS = 600.0, 60.0
 CLIENTS = 8

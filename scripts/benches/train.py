@@ -18,9 +18,9 @@ from processes import LocalSwarm
 from benches.plan import Plan
 from benches.rows import Must, Row
 from benches.trainees import training, write_run
-from swarm.origin import byte_tokenizer
-from swarm.run import Run, load
-from swarm.samples import Samples
+from swarm.runs.origin import byte_tokenizer
+from swarm.runs.run import Run, load
+from swarm.runs.samples import Samples
 
 MUST = Must("ratio", ">=", 1.5)
 ROUNDS = 5

@@ -11,10 +11,10 @@ from pathlib import Path
 from processes import START_SECONDS, LocalSwarm
 
 from swarm.background import BackgroundLoop
-from swarm.checkpoint import silent
-from swarm.metrics import Round
-from swarm.run import Run, load
-from swarm.trainernode import TrainerNode
+from swarm.files.checkpoint import silent
+from swarm.runs.metrics import Round
+from swarm.runs.run import Run, load
+from swarm.runs.trainer import TrainerNode
 
 
 class Trainees:

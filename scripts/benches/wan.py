@@ -23,11 +23,11 @@ from transformers.generation.streamers import BaseStreamer
 from benches.generation import whole_model
 from benches.plan import Plan
 from benches.rows import Must, Rounds, Row
-from swarm.checkpoint import Checkpoint
 from swarm.client import SwarmCache, SwarmModelForCausalLM
-from swarm.conversation import load_tokenizer
-from swarm.hub import DEFAULT_MODEL, resolve
-from swarm.speculation import Counts
+from swarm.console.conversation import load_tokenizer
+from swarm.files.checkpoint import Checkpoint
+from swarm.files.hub import DEFAULT_MODEL, resolve
+from swarm.speculation.tuning import Counts
 
 ONE_WAY = 0.025  # seconds
 STAGES = 3

@@ -11,10 +11,10 @@ import numpy as np
 from simulation.geography import Place, TrueLatencies, draw_place, measured, round_trip
 from simulation.hosting import Hosting
 from swarm.coordinates import NOWHERE, distance, update
-from swarm.costs import HOP_SECONDS
+from swarm.directory.sampling import LOT_BITS
 from swarm.errors import NoRoute
+from swarm.routes.costs import HOP_SECONDS
 from swarm.routing import View, Work, cheapest, find_route
-from swarm.sampling import LOT_BITS
 from swarm.types import Coordinate, Offer, PeerId, Route, Span
 
 FIRST_PINGS = 16  # peers anywhere that a client measures to find its own place, twice each

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 
 from peer.placement import Survey, survey_parts
-from swarm.reading import answered, for_route, for_survey
-from swarm.sampling import LOT_BITS, Table, blocks_of, buckets_of, cell_keeps, cells_of, lot, root_keeps
+from swarm.directory.reading import answered, for_route, for_survey
+from swarm.directory.sampling import LOT_BITS, Table, blocks_of, buckets_of, cell_keeps, cells_of, lot, root_keeps
 from swarm.types import Coordinate, Offer, PeerId
 
 STALE = 30.0  # seconds; nobody sees newer offers than of the last multiple of this

@@ -21,9 +21,9 @@ from scipy.sparse.csgraph import maximum_flow
 
 from simulation.clients import Client, living_route, settle, true_seconds
 from simulation.hosting import Hosting, Peer
+from swarm.directory.sampling import LOT_BITS
 from swarm.errors import NoRoute
 from swarm.routing import Vector
-from swarm.sampling import LOT_BITS
 from swarm.types import Route
 
 CROWD = 5.0  # how many times more sessions than would fill the swarm if none had to wait for another

@@ -1,0 +1,1 @@
+"""Whose slots of the KV pool are whose, and who gets some next."""

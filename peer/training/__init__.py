@@ -1,0 +1,1 @@
+"""A stage of a run: forward, backward, the averaging of its gradients, and state for newcomers."""

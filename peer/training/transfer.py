@@ -1,0 +1,273 @@
+"""State to a newcomer, streamed while training goes on: a copy of the beginning of a round, and every step after it.
+
+The donor copies its state once, lets the newcomer pull it piece by piece, and keeps the mean gradients of the rounds
+that end meanwhile until these are pulled too. So the newcomer catches up without anyone waiting for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from swarm import tensors, wire
+from swarm.agreement.messages import (
+    MAX_STATE_TENSORS,
+    CloseState,
+    Decision,
+    Entry,
+    NextStep,
+    OpenState,
+    ReadState,
+    StateOpened,
+    StateRead,
+    StepMade,
+)
+from swarm.errors import BadTensor, Busy, Forgotten, Malformed, StaleRound
+from swarm.rpc import Link, Reply, Rpc
+from swarm.wire import Key
+
+log = logging.getLogger(__name__)
+
+PIECE = 1 << 20  # bytes that are pulled at once
+WINDOW = 4  # pulls under way
+MAX_TRANSFERS = 2  # that one donor serves at once
+MAX_BEHIND = 4  # rounds that a newcomer may be behind: their mean gradients are kept
+MAX_LIST = 1 << 23  # bytes of a list of tensors
+IDLE = 30.0  # seconds without a word, after which a transfer is forgotten
+OPEN_TIMEOUT = 120.0  # seconds for the donor to copy its state
+READ_TIMEOUT = 60.0  # seconds for one piece
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+def digest_of_state(round_: int, state: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """SHA-256 of names, dtypes, shapes and bytes: equal for replicas that will make equal steps."""
+    found = hashlib.sha256(str(round_).encode())
+    for name, tensor in state:
+        found.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        found.update(tensors.to_bytes(tensor))
+    return found.digest()
+
+
+# --- the donor's side ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Transfer:
+    used: float  # when the newcomer was last heard
+    state: list[memoryview] = field(default_factory=list)
+    length: int = 0
+    steps: dict[int, tuple[Decision, dict[str, torch.Tensor]]] = field(default_factory=dict)
+
+    def hold(self, state: Iterable[memoryview]) -> None:
+        self.state = list(state)
+        self.length = sum(map(len, self.state))
+
+
+class Donor:
+    """Gives this member's state to newcomers.
+
+    Args:
+        copy: the round that is collected, a copy of the state at its beginning, and its digest.
+        line: the line of the run, None while there is none.
+    """
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        copy: Callable[[], asyncio.Future[tuple[int, Named, bytes]]],
+        line: Callable[[], bytes | None],
+    ) -> None:
+        self._copy = copy
+        self._line = line
+        self._transfers: dict[bytes, _Transfer] = {}
+        self._stepped = asyncio.Condition()
+        self._loop = asyncio.get_running_loop()
+        rpc.answer(OpenState, self._open)
+        rpc.answer(ReadState, self._read)
+        rpc.answer(NextStep, self._next)
+        rpc.listen(CloseState, self._close)
+
+    @property
+    def followed(self) -> bool:
+        """Whether the next step will be asked for."""
+        self._forget_idle()
+        return bool(self._transfers)
+
+    async def stepped(self, decision: Decision, mean: Mapping[str, torch.Tensor]) -> None:
+        """A round has ended; `mean` is the gradient of its step, which this keeps. Newcomers are told."""
+        for key, transfer in list(self._transfers.items()):
+            transfer.steps[decision.round] = decision, dict(mean)
+            if len(transfer.steps) > MAX_BEHIND:
+                log.info("a newcomer is too slow transfer=%s", key.hex()[:8])
+                del self._transfers[key]
+        async with self._stepped:
+            self._stepped.notify_all()
+
+    async def _open(self, link: Link, message: OpenState, body: memoryview) -> Reply:
+        self._forget_idle()
+        if message.line != self._line():
+            raise StaleRound("this member holds no state of that run")
+        if len(self._transfers) >= MAX_TRANSFERS:
+            raise Busy(f"{MAX_TRANSFERS} newcomers are served already")
+        key = os.urandom(16)
+        transfer = self._transfers[key] = _Transfer(self._loop.time())  # from now on, it is told of every step
+        try:
+            round_, state, digest = await self._copy()
+        except BaseException:
+            del self._transfers[key]
+            raise
+        transfer.hold(tensors.to_bytes(tensor) for _, tensor in state)
+        listed = msgspec.msgpack.encode([Entry(name, tensors.spec_of(tensor)) for name, tensor in state])
+        return StateOpened(key, round_, transfer.length, digest), [listed]
+
+    async def _read(self, link: Link, message: ReadState, body: memoryview) -> Reply:
+        transfer = self._of(message.transfer)
+        if message.step < 0:
+            return StateRead(), _slice(transfer.state, message.start, message.count)
+        step = transfer.steps.get(message.step)
+        if step is None:
+            raise Forgotten(f"the step of round {message.step} is not kept")
+        views = [tensors.to_bytes(vector) for _, vector in sorted(step[1].items())]
+        return StateRead(), _slice(views, message.start, message.count)
+
+    async def _next(self, link: Link, message: NextStep, body: memoryview) -> Reply:
+        transfer = self._of(message.transfer)
+        for earlier in [each for each in transfer.steps if each < message.round]:
+            del transfer.steps[earlier]
+        async with self._stepped:
+            await self._stepped.wait_for(
+                lambda: message.round in transfer.steps or message.transfer not in self._transfers
+            )
+        self._of(message.transfer)
+        decision, mean = transfer.steps[message.round]
+        return StepMade(decision, [(group, len(vector)) for group, vector in sorted(mean.items())])
+
+    def _of(self, key: bytes) -> _Transfer:
+        transfer = self._transfers.get(key)
+        if transfer is None:
+            raise Forgotten("no such transfer: it took too long, or ended")
+        transfer.used = self._loop.time()
+        return transfer
+
+    def _close(self, link: Link, message: CloseState, body: memoryview) -> None:
+        self._transfers.pop(message.transfer, None)
+
+    def _forget_idle(self) -> None:
+        for key, transfer in list(self._transfers.items()):
+            if transfer.steps and self._loop.time() - transfer.used > IDLE:
+                del self._transfers[key]
+
+
+def _slice(views: list[memoryview], start: int, count: int) -> list[memoryview]:
+    """Bytes [start, start + count) of views laid one after another."""
+    pieces, begin = [], 0
+    for view in views:
+        low, high = max(start - begin, 0), min(start + count - begin, len(view))
+        if low < high:
+            pieces.append(view[low:high])
+        begin += len(view)
+    return pieces
+
+
+# --- the newcomer's side ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How a round ended at the donor, and the mean gradient where it ended in a step."""
+
+    decision: Decision
+    mean: dict[str, torch.Tensor]
+
+
+class Fetched:
+    """A state that came from a donor, and what follows it. Raises what `Link.call` raises."""
+
+    def __init__(self, link: Link, opened: StateOpened, state: Named) -> None:
+        self._link = link
+        self.peer = link.peer
+        self._transfer: Key = opened.transfer
+        self.round = opened.round
+        self.state = state
+        self.digest = opened.digest
+
+    @classmethod
+    async def open(cls, link: Link, line: bytes) -> Fetched:
+        """Pull the state of the member at the other end. Raises `BadTensor` where it is not what its digest says."""
+        opened, listed = await link.call(OpenState(line), timeout=OPEN_TIMEOUT)
+        if not isinstance(opened, StateOpened):
+            raise Malformed("a state that is none", link.peer)
+        entries = _entries(listed, opened.length, link)
+        buffer = bytearray(opened.length)
+        await _pull(link, opened.transfer, -1, memoryview(buffer))
+        state, start = [], 0
+        for entry in entries:
+            size = entry.spec.nbytes()
+            state.append((entry.name, _tensor(memoryview(buffer)[start : start + size], entry.spec)))
+            start += size
+        if await asyncio.to_thread(digest_of_state, opened.round, state) != opened.digest:
+            raise BadTensor("a state that is not what its digest says", link.peer)
+        return cls(link, opened, state)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """Every step after it, as it is made."""
+        round_ = self.round
+        while True:
+            made, _ = await self._link.call(NextStep(self._transfer, round_), timeout=wire.MAX_TIMEOUT)
+            if not isinstance(made, StepMade) or made.decision.round != round_:
+                raise Malformed("a step that is none", self._link.peer)
+            mean = {group: torch.empty(length) for group, length in made.lengths}
+            buffer = bytearray(4 * sum(length for _, length in made.lengths))
+            await _pull(self._link, self._transfer, round_, memoryview(buffer))
+            start = 0
+            for vector in mean.values():
+                vector.copy_(torch.frombuffer(buffer, dtype=torch.float32, count=len(vector), offset=start))
+                start += 4 * len(vector)
+            yield Step(made.decision, mean)
+            round_ += 1
+
+    def close(self) -> None:
+        """It is needed no longer."""
+        self._link.tell(CloseState(self._transfer))
+
+
+def _tensor(view: memoryview, spec: wire.TensorSpec) -> torch.Tensor:
+    """A copy: nothing says that the bytes of one tensor after another are aligned."""
+    padding = bytes(wire.padded(len(view)) - len(view))
+    [tensor] = tensors.decode(memoryview(bytearray(view) + padding), [spec])
+    return tensor
+
+
+def _entries(listed: memoryview, length: int, link: Link) -> list[Entry]:
+    if len(listed) > MAX_LIST:
+        raise Malformed(f"a list of tensors of {len(listed)} bytes", link.peer)
+    try:
+        entries = msgspec.msgpack.decode(listed, type=list[Entry])
+    except msgspec.MsgspecError as error:
+        raise Malformed(f"not a list of tensors: {error}", link.peer) from None
+    if len(entries) > MAX_STATE_TENSORS or sum(entry.spec.nbytes() for entry in entries) != length:
+        raise Malformed("a list of tensors that does not fit its state", link.peer)
+    return entries
+
+
+async def _pull(link: Link, transfer: bytes, step: int, into: memoryview) -> None:
+    """Fill `into`, a few pieces at a time."""
+    starts = iter(range(0, len(into), PIECE))
+
+    async def some() -> None:
+        for start in starts:
+            count = min(PIECE, len(into) - start)
+            _, body = await link.call(ReadState(transfer, step, start, count), timeout=READ_TIMEOUT)
+            if len(body) != count:
+                raise Malformed(f"{len(body)} bytes of a state where {count} were asked for", link.peer)
+            into[start : start + count] = body
+
+    await asyncio.gather(*(some() for _ in range(WINDOW)))

@@ -1,0 +1,1 @@
+"""The hivemind DHT kept in hand: signed offers, the tables they lie in, and who reads which of them."""

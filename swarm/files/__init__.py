@@ -1,0 +1,1 @@
+"""A model's files: names to folders, tensors found in shards, and a name by content."""

@@ -1,0 +1,1 @@
+"""Weights in few bits: rounded, multiplied by, put in a model's place, stored and loaded."""

@@ -1,0 +1,1 @@
+"""A training run: its file, its data, its weights, its micro-batches on their way."""

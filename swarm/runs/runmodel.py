@@ -1,0 +1,96 @@
+"""The model of a training run, used while it is trained: its blocks at the run's members, its ends fetched from them.
+
+When the weights change, the members say so; then the ends are fetched anew and the text is read again, so that every
+token comes of weights of one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import torch
+
+from swarm.background import BackgroundLoop
+from swarm.client import Chain, connect, mixin
+from swarm.cutting.skeleton import Skeleton
+from swarm.cutting.verdict import examine
+from swarm.network import Network, Waiting
+from swarm.runs.origin import config_of, tokenizer_of
+from swarm.runs.run import Run
+from swarm.runs.weights import Fetcher, stage_plans
+from swarm.speculation.tuning import Speculate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers.modeling_utils import PreTrainedModel
+
+T = TypeVar("T")
+
+_NOT_AT_ALL = Waiting()
+
+
+class Loop(Protocol):
+    """Runs what is async for those who are not."""
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T: ...
+
+    def post(self, work: Coroutine[Any, Any, Any]) -> None: ...
+
+
+def model_of_run(
+    run: Run, config: PreTrainedConfig, network: Network, loop: Loop, waiting: Waiting = _NOT_AT_ALL, standby: int = 0
+) -> PreTrainedModel:
+    """A Hugging Face model whose blocks are the members of `run`, at the weights of the moment.
+
+    Args:
+        network: lives in `loop`.
+
+    Raises:
+        NoRoute: some stage has no member that is online.
+        CannotCut: the model cannot be cut.
+    """
+    chain = Chain(cast("BackgroundLoop", loop), network, run.id, config, waiting, standby, Speculate.parse("off"))
+    skeleton = Skeleton(config, torch.float32, mixin())
+    skeleton.keep_ends(chain, examine(config).returns)
+    fetcher = Fetcher(run, network.rpc, stage_plans(run, config))
+
+    async def fetch() -> dict[str, torch.Tensor]:
+        return await fetcher.ends(await network.offers(run.id, run.num_blocks))
+
+    ends = loop.run(fetch())
+    skeleton.load({name: _giving(weight) for name, weight in ends.items()}, "cpu")
+    skeleton.settle("cpu")
+    model = skeleton.top
+
+    def refresh() -> None:
+        fresh = loop.run(fetch())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(fresh[name])
+
+    chain.refresh = refresh
+    return connect(model, chain)
+
+
+def open_run(
+    run: Run, initial_peers: Sequence[str], waiting: Waiting = _NOT_AT_ALL, standby: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a run and its tokenizer, for scripts: joins the swarm in a loop of its own, which the model closes.
+
+    Raises as `model_of_run`, and `CannotJoin`.
+    """
+    tokenizer = tokenizer_of(run)
+    config = config_of(run, tokenizer)
+    background = BackgroundLoop()
+    try:
+        network = background.run(Network.start(list(initial_peers)))
+        background.at_close(network.close)
+        return model_of_run(run, config, network, background, waiting, standby), tokenizer
+    except BaseException:
+        background.close()
+        raise
+
+
+def _giving(weight: torch.Tensor) -> Any:
+    return lambda: weight
