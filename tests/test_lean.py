@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,7 +39,7 @@ class Owner(nn.Module):
             if self.between and number:
                 hidden = hidden + self.between
             hidden = block(hidden, turn, extra=position_ids.shape[1] if self.quirk >= 0 else extra)[0]
-        return hidden + (1.0 if self.forwards == self.quirk else 0.0)
+        return hidden + (1.0 if 0 <= self.quirk <= self.forwards else 0.0)
 
 
 def run(owner: Owner, times: int, tokens: int = 1) -> Lean:
@@ -60,13 +61,47 @@ def test_after_three_proofs_the_model_is_not_asked_any_more() -> None:
     assert owner.forwards == 4
 
 
-def test_single_tokens_and_several_are_proven_apart() -> None:
+def test_every_small_number_of_tokens_is_proven_apart_and_all_larger_ones_together() -> None:
     owner = Owner()
     lean = run(owner, 5)
-    hidden, ids = torch.randn(1, 3, 4), torch.arange(3)[None]
-    for _ in range(6):
-        lean.run(lambda cache: owner(hidden, ids), hidden, ids)
-    assert owner.forwards == 4 + 3
+    for tokens, proofs in ((3, 3), (4, 3), (40, 3), (50, 0)):
+        before = owner.forwards
+        hidden, ids = torch.randn(1, tokens, 4), torch.arange(tokens)[None]
+        for _ in range(6):
+            lean.run(lambda cache, h=hidden, i=ids: owner(h, i), hidden, ids)  # type: ignore[misc]
+        assert owner.forwards == before + proofs
+
+
+def test_a_few_tokens_are_run_without_a_call_of_any_block() -> None:
+    owner = Owner()
+    lean = run(owner, 8)
+    block_type = type(owner.layers[0])
+    forward = block_type.forward
+    try:
+        block_type.forward = lambda *_, **__: pytest.fail("a block was called")  # type: ignore[method-assign]
+        hidden, ids = torch.randn(1, 1, 4), torch.tensor([[9]])
+        output = lean.run(lambda cache: owner(hidden, ids), hidden, ids)
+    finally:
+        block_type.forward = forward  # type: ignore[method-assign]
+    torch.testing.assert_close(output, (hidden * 2 + 9) * 2 + 9)
+
+
+def test_where_a_record_computes_something_else_the_blocks_are_called() -> None:
+    class Stamped(Block):
+        stamp = 0.0
+
+        def forward(self, hidden_states: torch.Tensor, turn: torch.Tensor, extra: Any = None) -> tuple[torch.Tensor]:
+            return (hidden_states * 2 + turn + self.stamp,)  # a number that changes: a record keeps the old one
+
+    owner = Owner()
+    owner.layers = nn.ModuleList([Block(), Stamped()])
+    lean = Lean(owner, list(owner.layers))
+    hidden, ids = torch.ones(1, 1, 4), torch.tensor([[1]])
+    for number in range(8):
+        owner.layers[1].stamp = float(number)
+        output = lean.run(lambda cache: owner(hidden, ids), hidden, ids)
+        assert torch.equal(output, torch.full((1, 1, 4), 7.0 + number))
+    assert lean.known
 
 
 def test_what_cannot_be_told_is_left_to_the_model() -> None:

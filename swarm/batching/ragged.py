@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.batching.padded import Padded, Wanted
 from swarm.batching.pool import Pool, Run
+from swarm.cutting.tape import opaque
 from swarm.errors import CannotCut
 
 NAME = "shoal_ragged"
@@ -221,6 +222,7 @@ def running(batch: Batch, configs: Sequence[Any]) -> Iterator[None]:
             each[_IMPLEMENTATION] = name
 
 
+@opaque
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

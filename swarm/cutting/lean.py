@@ -5,7 +5,8 @@ token that takes longer than a small block. What the blocks are given in the end
 positions, the cache, masks, and what a few helpers (the rotary embedding) make of these. So one forward is watched:
 where every argument of every block can be told to be one of those, the blocks can be called straight away. That way
 is then taken beside the model's own until it has given the very same bits several times; if it ever does not, or
-something cannot be told, the model's own forward is used.
+something cannot be told, the model's own forward is used. For a few tokens the blocks are not even called: what each
+asks of torch is recorded (`swarm.cutting.tape`), and proven in the same way.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from torch import nn
 
 from swarm.batching.ragged import RaggedCache, Sight
+from swarm.cutting.tape import Recorder, Tape, Unrecorded
 
-_PROOFS = 3  # forwards of either kind, of a single token and of several
+_PROOFS = 3  # forwards of each number of tokens that has tapes, and of any larger one
+_TAPED = 16  # tokens, at most: with more, the products are all that counts
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -50,16 +53,39 @@ class _Call:
 
 @dataclass(slots=True)
 class _Step:
-    """A call to be made: every argument told where it comes from."""
+    """A call to be made: every argument told where it comes from.
+
+    Attributes:
+        leaves: the same for all tensors in the arguments, and whatever else differs from time to time.
+        constants: the module's own tensors.
+        tapes: what the call comes to, for numbers of tokens; None where it has to be made.
+    """
 
     forward: Callable[..., Any]
     args: list[_Source]
     kwargs: dict[str, _Source]
+    leaves: list[_Source]
+    constants: list[torch.Tensor]
+    tapes: dict[int, Tape | None] = field(default_factory=dict)
 
     def run(self, given: _Given) -> Any:
+        if (tape := self.tapes.get(given.hidden.shape[1])) is not None:
+            return tape(*[leaf(given) for leaf in self.leaves])
         return self.forward(
             *[source(given) for source in self.args], **{name: source(given) for name, source in self.kwargs.items()}
         )
+
+    def record(self, given: _Given) -> Any:
+        """`run`, from which a tape is made where there can be one."""
+        recorder = Recorder([leaf(given) for leaf in self.leaves], self.constants)
+        tokens = given.hidden.shape[1]
+        with recorder:
+            output = self.run(given)
+        try:
+            self.tapes[tokens] = recorder.tape(output)
+        except Unrecorded:
+            self.tapes[tokens] = None
+        return output
 
 
 class _Untold(Exception):
@@ -78,7 +104,7 @@ class Lean:
         self._owner = owner
         self._blocks = list(blocks)
         self._plan: _Plan | None = None
-        self._open = {True: _PROOFS, False: _PROOFS}  # proofs that are still to come, by whether it is a single token
+        self._open: dict[int, int] = {}  # proofs that are still to come, by the number of tokens; 0 for many
         self._refuted = ""
 
     @property
@@ -95,16 +121,15 @@ class Lean:
         self, full: Callable[[RaggedCache], torch.Tensor], hidden: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
         """The output of the blocks, [1, T, H]: by the lean way, or by `full`, the model's own forward."""
-        single, cache = hidden.shape[1] == 1, RaggedCache()
+        tokens, cache = hidden.shape[1] if hidden.shape[1] <= _TAPED else 0, RaggedCache()
         if self._refuted:
             return full(cache)
-        if self._plan is not None and not self._open[single]:
-            return self._plan.run(hidden, position_ids, cache)
         if self._plan is None:
             return self._watch(full, hidden, position_ids, cache)
+        if self._open.setdefault(tokens, _PROOFS) == 0:
+            return self._plan.run(hidden, position_ids, cache)
         output = full(cache)
-        self._prove(output, hidden, position_ids)
-        self._open[single] -= 1
+        self._prove(self._plan, tokens, output, hidden, position_ids)
         return output
 
     def _watch(
@@ -123,15 +148,22 @@ class Lean:
             self._refuted = str(error)
         return output
 
-    def _prove(self, expected: torch.Tensor, hidden: torch.Tensor, position_ids: torch.Tensor) -> None:
-        assert self._plan is not None
+    def _prove(
+        self, plan: _Plan, tokens: int, expected: torch.Tensor, hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> None:
+        record = tokens > 0 and not plan.was_recorded(tokens)
         try:
-            same = torch.equal(self._plan.run(hidden, position_ids, RaggedCache()), expected)
+            same = torch.equal(plan.run(hidden, position_ids, RaggedCache(), record), expected)
         except Exception as error:  # noqa: BLE001 - whatever it is, the model's own forward does without
-            self._refuted = f"{type(error).__name__}: {error}"
-            return
-        if not same:
-            self._refuted = "it computes something else"
+            same, why = False, f"{type(error).__name__}: {error}"
+        else:
+            why = "it computes something else"
+        if same:
+            self._open[tokens] -= 1
+        elif plan.forget_tapes(tokens):
+            self._open[tokens] = _PROOFS
+        else:
+            self._refuted = why
 
 
 class _Plan:
@@ -162,21 +194,35 @@ class _Plan:
                 self._add_helper(call)
         self._steps = [self._step(call, index, block_calls) for index, call in enumerate(block_calls)]
 
-    def run(self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: RaggedCache) -> torch.Tensor:
-        """[1, T, H]"""
+    def run(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: RaggedCache, record: bool = False
+    ) -> torch.Tensor:
+        """[1, T, H]; with `record`, tapes are made for T tokens."""
         given = _Given(hidden, position_ids, cache, [Sight(sight.rule) for sight in self._rules])
         for helper in self._helpers:
-            given.made.append(helper.run(given))
+            given.made.append(helper.record(given) if record else helper.run(given))
         for step in self._steps:
-            output = step.run(given)
+            output = step.record(given) if record else step.run(given)
             given.hidden = output if isinstance(output, torch.Tensor) else output[0]
         return given.hidden
+
+    def was_recorded(self, tokens: int) -> bool:
+        """Whether it is known what the calls for so many tokens come to, or that it cannot be."""
+        return all(tokens in step.tapes for step in self._steps)
+
+    def forget_tapes(self, tokens: int) -> bool:
+        """Make the calls themselves from now on; whether any for so many tokens were not made."""
+        taped = [step for step in (*self._helpers, *self._steps) if step.tapes.get(tokens) is not None]
+        for step in taped:
+            step.tapes[tokens] = None
+        return bool(taped)
 
     def _add_helper(self, call: _Call) -> None:
         index = len(self._helpers)
         args = [self._source(value, lenient=True) for value in call.args]
         kwargs = {name: self._source(value, lenient=True) for name, value in call.kwargs.items()}
-        self._helpers.append(_Step(call.module.forward, args, kwargs))
+        leaves = [self._source(value, lenient=True) for value in _leaves((call.args, call.kwargs))]
+        self._helpers.append(_Step(call.module.forward, args, kwargs, leaves, _tensors_of(call.module)))
         self._seen[id(call.output)] = lambda given: given.made[index]
         for place, value in enumerate(call.output if isinstance(call.output, tuple) else ()):
             self._seen[id(value)] = lambda given, place=place: given.made[index][place]  # type: ignore[misc]
@@ -191,12 +237,13 @@ class _Plan:
                 raise _Untold("something happens between its blocks")
         sources = [self._source(value) for value in args]
         named = {name: self._source(value) for name, value in kwargs.items()}
+        leaves = [lambda given: given.hidden, *(self._source(value) for value in _leaves((args, kwargs)))]
         if call.args:
             sources.insert(0, lambda given: given.hidden)
         else:
             named["hidden_states"] = lambda given: given.hidden
         forward = type(call.module).forward.__get__(call.module)  # what a stage put on the instance is not for us
-        return _Step(forward, sources, named)
+        return _Step(forward, sources, named, leaves, _tensors_of(call.module))
 
     def _source(self, value: Any, lenient: bool = False) -> _Source:
         """Where a value comes from. A helper may be given the hidden states for what was made of them.
@@ -260,3 +307,12 @@ def _flat(value: Any) -> Iterator[Any]:
             yield from _flat(each)
     elif isinstance(value, Mapping):
         yield from _flat(tuple(value.values()))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What differs from time to time in nested arguments."""
+    return (each for each in _flat(value) if not isinstance(each, (*_PLAIN, tuple, list, Mapping)))
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from swarm.cutting.tape import opaque
 from swarm.errors import UsageError
 from swarm.quantization.kernels import kernel_for
 from swarm.quantization.weights import QuantizedWeight, joined
@@ -47,6 +48,7 @@ class Product(nn.Module):
             self._input = None
         return output.contiguous()
 
+    @opaque
     def all(self, inputs: torch.Tensor) -> torch.Tensor:
         """What all of them give, side by side. Raises `UsageError` where gradients are wanted."""
         if inputs.requires_grad and torch.is_grad_enabled():
