@@ -18,7 +18,7 @@ from swarm.errors import ShoalError
 from swarm.files.checkpoint import silent
 from swarm.runs.metrics import Metrics, Round
 from swarm.runs.run import Run, load
-from swarm.runs.trainer import TrainerNode
+from swarm.trainer import TrainerNode
 from swarm.training import Trainer
 
 FILE = Path("configs/train-demo.toml")

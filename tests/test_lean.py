@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from swarm.cutting.lean import Lean
+from swarm.batching.lean import Lean
 
 
 class Block(nn.Module):

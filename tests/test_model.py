@@ -24,9 +24,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from swarm.cutting import skeleton, verdict
 from swarm.cutting.caches import SessionCache
 from swarm.cutting.shrink import shrink
+from swarm.cutting.splice import Splice
 from swarm.errors import CannotCut, ModelCorrupt, UsageError
 from swarm.files.checkpoint import Checkpoint
-from swarm.model import StageModel, check_cut, load_ends, load_stage, num_blocks, reorder, rollback
+from swarm.model import check_cut, load_ends, load_stage, num_blocks, reorder, rollback
 from swarm.types import Span
 
 SMALL: dict[str, Any] = {
@@ -243,7 +244,7 @@ def test_a_damaged_verdict_is_found_out_again(own_cache_folder: Path) -> None:
 
 
 def test_a_cut_that_forgets_the_true_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StageModel, "_entering", lambda self, forward: forward)
+    monkeypatch.setattr(Splice, "enter_at", lambda self, block: None)
     check_cut(LlamaConfig(**SMALL))  # nothing happens to its embeddings before the first block
     with pytest.raises(CannotCut, match="computes something else"):
         check_cut(GraniteConfig(**SMALL, embedding_multiplier=12.0))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from swarm.cutting.tape import Recorder, Tape, Unrecorded, opaque
+from swarm.batching.tape import Recorder, Tape, Unrecorded, opaque
 
 WEIGHT = torch.arange(16.0).reshape(4, 4) / 7
 TABLE = torch.arange(16.0).reshape(4, 4)

@@ -19,7 +19,7 @@ from swarm.identity import Identity
 from swarm.runs.metrics import Round
 from swarm.runs.run import Run
 from swarm.runs.samples import Samples
-from swarm.runs.trainer import TrainerNode
+from swarm.trainer import TrainerNode
 
 
 class TrainingSwarm:

@@ -14,7 +14,7 @@ from swarm.background import BackgroundLoop
 from swarm.files.checkpoint import silent
 from swarm.runs.metrics import Round
 from swarm.runs.run import Run, load
-from swarm.runs.trainer import TrainerNode
+from swarm.trainer import TrainerNode
 
 
 class Trainees:

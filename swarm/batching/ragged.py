@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.batching.padded import Padded, Wanted
 from swarm.batching.pool import Pool, Run
-from swarm.cutting.tape import opaque
+from swarm.batching.tape import opaque
 from swarm.errors import CannotCut
 
 NAME = "shoal_ragged"

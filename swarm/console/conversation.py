@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm.client import context_of
+from swarm.chain import context_of
 from swarm.errors import UsageError
 from swarm.files.hub import resolve
 from swarm.speculation.tuning import Counts

@@ -55,7 +55,7 @@ def _with_run(file: Path, initial_peers: list[str], wait: float, standby: int, b
     bars(f"joining the swarm of {described.name}", 0, 0)
     from swarm.console.conversation import Conversation
     from swarm.network import Waiting
-    from swarm.runs.runmodel import open_run
+    from swarm.runmodel import open_run
 
     model, tokenizer = open_run(described, initial_peers, Waiting(wait, max(wait, 10.0), _tell_missing), standby)
     return Conversation(model, tokenizer)

@@ -17,7 +17,7 @@ from swarm.runs.metrics import Metrics, Round
 from swarm.runs.run import Run
 
 if TYPE_CHECKING:
-    from swarm.runs.trainer import TrainerNode
+    from swarm.trainer import TrainerNode
 
 SHOW_SECONDS = 0.2  # between two looks at how far the round is
 
@@ -39,7 +39,7 @@ async def train_and_show(wanted: Training) -> None:
     bars = ProgressBars()
     bars("starting", 0, 0)
     try:
-        from swarm.runs.trainer import TrainerNode
+        from swarm.trainer import TrainerNode
 
         node = await TrainerNode.start(wanted.run, wanted.initial_peers, wanted.in_flight, bars)
     finally:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from swarm.cutting.splice import Splice
 from swarm.errors import CannotCut, UsageError
 from swarm.types import Span
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
+    from swarm.batching.lean import Lean
     from swarm.batching.ragged import Batch
     from swarm.cutting.caches import SessionCache
-    from swarm.cutting.lean import Lean
     from swarm.cutting.skeleton import Skeleton
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 """What forwards call their cache."""
-
-_NOTHING = torch.empty(0)
 
 
 class StageModel:
@@ -57,15 +55,16 @@ class StageModel:
         self._arguments = _accepted(type(self.model))
         configs = [self.config, *(vars(module).get("config") for module in self.model.modules())]
         self._configs = list({id(config): config for config in configs if config is not None}.values())
-        self._true_input = self._output = _NOTHING
-        self._splice(skeleton)
+        self._splice = Splice()
+        self._splice.enter_at(skeleton.blocks[0])
+        self._splice.leave_at(skeleton.blocks[-1])
 
     def __repr__(self) -> str:
         return f"<StageModel {self.span} {self.config.model_type} {str(self.dtype).removeprefix('torch.')}>"
 
     @property
     def lean(self) -> bool:
-        """Whether batches go the lean way through the blocks, as far as that was tried (`swarm.cutting.lean`)."""
+        """Whether batches go the lean way through the blocks, as far as that was tried (`swarm.batching.lean`)."""
         return self._lean is not None and self._lean.known
 
     def new_cache(self) -> SessionCache:
@@ -88,7 +87,7 @@ class StageModel:
             weights = [*self._skeleton.top.parameters(), *self._skeleton.top.buffers()]
             skeleton = copy.deepcopy(self._skeleton, {id(weight): weight for weight in weights})
             for block in skeleton.blocks:
-                block.__dict__.pop("forward", None)  # what `_splice` put there is this stage's
+                block.__dict__.pop("forward", None)  # what its splice put there is this stage's
             skeleton.compact(Span(span.start - self.span.start, span.end - self.span.start))
             self._parts[span] = StageModel(skeleton, span, self.device, self.unbatched)
         return self._parts[span]
@@ -138,16 +137,13 @@ class StageModel:
             "use_cache": cache is not None,
             **dict.fromkeys(CACHE_ARGUMENTS, cache),
         }
-        self._true_input = hidden
         if cache is not None:
             cache.length = position
-        try:
+        with self._splice.given(hidden):
             self.model(**{name: offered[name] for name in self._arguments})
             if cache is not None:
                 cache.length = position + hidden.shape[1]
-            return self._output
-        finally:
-            self._true_input = self._output = _NOTHING
+            return self._splice.output
 
     @torch.inference_mode()
     def forward_batch(self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -161,8 +157,8 @@ class StageModel:
         Returns:
             [1, T, H]
         """
+        from swarm.batching.lean import Lean
         from swarm.batching.ragged import RaggedCache, running
-        from swarm.cutting.lean import Lean
 
         def full(cache: RaggedCache) -> torch.Tensor:
             offered = {
@@ -173,41 +169,11 @@ class StageModel:
                 **dict.fromkeys(CACHE_ARGUMENTS, cache),
             }
             self.model(**{name: offered[name] for name in self._arguments})
-            return self._output
+            return self._splice.output
 
-        self._true_input = hidden
         self._lean = self._lean or Lean(self.model, list(self._skeleton.blocks))
-        try:
-            with running(batch, self._configs):
-                return self._lean.run(full, hidden, position_ids)
-        finally:
-            self._true_input = self._output = _NOTHING
-
-    def _splice(self, skeleton: Skeleton) -> None:
-        """Put the true hidden states in at the first block and take the result out at the last.
-
-        So it does not matter what the model does before its blocks (scaled or positional embeddings) or after them.
-        The forward is replaced on the instances: no hook, no wrapper, and what the model reads from a block is there.
-        """
-        first, last = skeleton.blocks[0], skeleton.blocks[-1]
-        first.forward = self._entering(first.forward)
-        last.forward = self._leaving(last.forward)
-
-    def _entering(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def enter(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                return forward(self._true_input, *args[1:], **kwargs)
-            return forward(**{**kwargs, "hidden_states": self._true_input})
-
-        return enter
-
-    def _leaving(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def leave(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            self._output = result if isinstance(result, torch.Tensor) else result[0]
-            return result
-
-        return leave
+        with self._splice.given(hidden), running(batch, self._configs):
+            return self._lean.run(full, hidden, position_ids)
 
 
 def _accepted(model: type) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from swarm.cutting.tape import opaque
+from swarm.batching.tape import opaque
 from swarm.errors import UsageError
 from swarm.quantization.kernels import kernel_for
 from swarm.quantization.weights import QuantizedWeight, joined

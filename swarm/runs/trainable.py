@@ -28,6 +28,7 @@ from torch import nn
 from swarm.cutting.blocks import StageModel
 from swarm.cutting.shrink import shrink
 from swarm.cutting.skeleton import Skeleton, num_blocks, patching
+from swarm.cutting.splice import Splice
 from swarm.cutting.verdict import examine, remembered
 from swarm.errors import CannotCut
 from swarm.files.checkpoint import Checkpoint
@@ -38,7 +39,6 @@ from swarm.types import Span
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
-_NOTHING = torch.empty(0)
 _TOLERANCE = 1e-4  # of a gradient's norm: rounding leaves a hundredth of it, a wrong cut far more
 
 
@@ -81,11 +81,11 @@ class TrainableStage:
         self.model = skeleton.top if self.last else skeleton.owner
         self._top = skeleton.top
         self._takes = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
-        self._input = self._output = _NOTHING
+        self._splice = Splice()
         if not self.first:
-            skeleton.blocks[0].forward = self._entering(skeleton.blocks[0].forward)
+            self._splice.enter_at(skeleton.blocks[0])
         if not self.last:
-            skeleton.blocks[-1].forward = self._leaving(skeleton.blocks[-1].forward)
+            self._splice.leave_at(skeleton.blocks[-1])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All weights, by what the whole model calls them, sorted by that name."""
@@ -105,12 +105,9 @@ class TrainableStage:
         ids = torch.arange(inputs.shape[1], device=inputs.device)[None] if position_ids is None else position_ids
         given: dict[str, Any] = {"input_ids": inputs} if self.first else {"inputs_embeds": inputs.detach()}
         given |= {"position_ids": ids, "use_cache": False}
-        self._input = inputs
-        try:
+        with self._splice.given(inputs):
             result = self.model(**{name: value for name, value in given.items() if name in self._takes})
-            return result.logits if self.last else self._output
-        finally:
-            self._input = self._output = _NOTHING
+            return result.logits if self.last else self._splice.output
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum over samples of the mean cross entropy of each sample's next tokens, in nats.
@@ -125,22 +122,6 @@ class TrainableStage:
         ).view_as(wanted)
         counts = wanted.ne(IGNORED).sum(1).clamp(min=1)
         return (each.sum(1) / counts).sum()
-
-    def _entering(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def enter(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                return forward(self._input, *args[1:], **kwargs)
-            return forward(**{**kwargs, "hidden_states": self._input})
-
-        return enter
-
-    def _leaving(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def leave(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            self._output = result if isinstance(result, torch.Tensor) else result[0]
-            return result
-
-        return leave
 
     def __repr__(self) -> str:
         ends = "".join(mark for mark, here in (("<", self.first), (">", self.last)) if here)

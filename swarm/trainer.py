@@ -16,9 +16,9 @@ from swarm.errors import RemoteError, ShoalError
 from swarm.files.checkpoint import Progress
 from swarm.identity import Identity
 from swarm.network import Network, Waiting
+from swarm.runmodel import model_of_run
 from swarm.runs.origin import config_of, plan_of, tokenizer_of
 from swarm.runs.run import Run
-from swarm.runs.runmodel import model_of_run
 from swarm.runs.samples import Samples
 from swarm.runs.schedule import schedule_of
 from swarm.runs.terms import refuse_another_file

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.client import Chain, connect, mixin
+from swarm.chain import Chain
+from swarm.client import connect, mixin
 from swarm.cutting.skeleton import Skeleton
 from swarm.cutting.verdict import examine
 from swarm.network import Network, Waiting

@@ -6,7 +6,7 @@ positions, the cache, masks, and what a few helpers (the rotary embedding) make 
 where every argument of every block can be told to be one of those, the blocks can be called straight away. That way
 is then taken beside the model's own until it has given the very same bits several times; if it ever does not, or
 something cannot be told, the model's own forward is used. For a few tokens the blocks are not even called: what each
-asks of torch is recorded (`swarm.cutting.tape`), and proven in the same way.
+asks of torch is recorded (`swarm.batching.tape`), and proven in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from swarm.batching.ragged import RaggedCache, Sight
-from swarm.cutting.tape import Recorder, Tape, Unrecorded
+from swarm.batching.tape import Recorder, Tape, Unrecorded
 
 _PROOFS = 3  # forwards of each number of tokens that has tapes, and of any larger one
 _TAPED = 16  # tokens, at most: with more, the products are all that counts
