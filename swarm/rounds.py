@@ -12,6 +12,11 @@ A round is one optimizer step of all members together. Read `Coordinator.tick` f
     DECIDE    All hold the same. The decision (commit with this clipping factor; who is in the next round) is proposed
               to the voters. Once a majority has accepted it, it is told to all: they step, and the round is over.
 
+With `Plan.overlap`, trainers are lent micro-batches of the next round as soon as this one has none left, so that nobody
+waits while it averages. Their gradients are taken with the parameters from before this round's step, whenever they are
+taken: all of round r + 1 with those that round r began with (a staleness of one). Members keep them apart and carry
+them into the next round; what is missing there is lent there.
+
 Deciding is single-decree Paxos (Lamport, "Paxos made simple", 2001), one instance a round: the voters are the roster's
 that the decision before named, term 0 belongs to the coordinator that it named, and a higher term to whom a majority
 has granted it (`swarm.agreement.participant`). So a decision is never changed, whoever dies, and two coordinators
@@ -91,6 +96,7 @@ class Coordinator:
         self.phase = Phase.COLLECT
         self.attempt = attempt
         self.assignments = Assignments(plan)
+        self.ahead = Assignments(plan)  # of the next round
         self.out: dict[PeerId, str] = {}  # members that are not in this round any more, and why
         self.avoidance = avoidance or Avoidance()
         self.differing: set[PeerId] = set()  # those of them whose parameters are not their replicas'
@@ -154,13 +160,19 @@ class Coordinator:
         self._takes[sender] = take
         self._trainers.add(sender)
         self.assignments.hear(sender, take.seen, take.holding, now)
-        want = take.want if self.phase is Phase.COLLECT and self._gathered(now) else 0
-        lent = self.assignments.take(sender, want, self._holders(), now)
-        self._send(sender, Work(self.previous.roster.line, self.round, lent))
+        self.ahead.hear(sender, take.ahead_seen, take.ahead, now)
+        want = take.want if self._gathered(now) else 0
+        wanted = want if self.phase is Phase.COLLECT else 0
+        lent = self.assignments.take(sender, wanted, self._holders(), now)
+        more = want - len(lent) if self.plan.is_ahead(self.round + 1, self.round) else 0
+        ahead = self.ahead.take(sender, more, self._holders(ahead=True), now)
+        self._send(sender, Work(self.previous.roster.line, self.round, lent, ahead))
 
     def _gathered(self, now: float) -> bool:
-        """Whether it is known what is counted and lent: a coordinator in mid-round has to ask first."""
-        return self.term == 0 or now - self._begun > 2 * BEAT
+        """Whether it is known what is counted and lent: who does not coordinate from the beginning has to ask first."""
+        if (self.term == 0 and not self.plan.overlap) or now - self._begun > 2 * BEAT:
+            return True
+        return self.term == 0 and {*self._living(), *self._trainers} <= self._statuses.keys() | self._takes.keys()
 
     # --- the round's life --------------------------------------------------------------------------------------------
 
@@ -169,6 +181,7 @@ class Coordinator:
         if self.deposed or self.chosen is not None:
             return
         self._notice_silence(now)
+        self.ahead.count(self._complete(ahead=True), now)
         if self.phase is Phase.COLLECT:
             self._collect(now)
         if self.phase is Phase.CLOSE:
@@ -222,6 +235,10 @@ class Coordinator:
                 if share.peer not in reports:
                     self._drop(PeerId(share.peer), "did not come to an end with averaging")
             self._discard(now)
+
+    def proposing(self, now: float) -> float:
+        """For how many seconds it has waited for a majority of the voters."""
+        return now - self._entered if self.phase is Phase.DECIDE else 0.0
 
     def _decide(self) -> None:
         assert self._decision is not None
@@ -359,23 +376,25 @@ class Coordinator:
 
     # --- what is counted ---------------------------------------------------------------------------------------------
 
-    def _counted(self, peer: PeerId) -> frozenset[int]:
+    def _counted(self, peer: PeerId, ahead: bool = False) -> frozenset[int]:
         status = self._statuses.get(peer)
-        if status is None or peer in self.out or status.sums <= self._void.get(peer, -1):
+        if status is None or peer in self.out:
             return frozenset()
-        return from_bits(status.counted)
+        if ahead:
+            return from_bits(status.ahead)
+        return from_bits(status.counted) if status.sums > self._void.get(peer, -1) else frozenset()
 
-    def _complete(self) -> frozenset[int]:
+    def _complete(self, ahead: bool = False) -> frozenset[int]:
         """Micro-batches that are in a sum of every stage."""
         complete = frozenset(range(self.plan.count))
         for stage in range(self.plan.stages):
-            complete &= frozenset[int]().union(*(self._counted(peer) for peer in self._living(stage)))
+            complete &= frozenset[int]().union(*(self._counted(peer, ahead) for peer in self._living(stage)))
         return complete
 
-    def _holders(self) -> dict[int, list[str]]:
+    def _holders(self, ahead: bool = False) -> dict[int, list[str]]:
         holders: dict[int, list[str]] = defaultdict(list)
         for peer in self._living():
-            for index in self._counted(peer):
+            for index in self._counted(peer, ahead):
                 holders[index].append(peer)
         return holders
 

@@ -23,8 +23,9 @@ from swarm import wire
 from swarm.agreement.assignments import Plan
 from swarm.agreement.attendance import TrainerAttendance
 from swarm.agreement.messages import Lent
-from swarm.errors import Closed, ShoalError, Unreachable
+from swarm.errors import Closed, ShoalError, StaleRound, Unreachable
 from swarm.identity import Identity
+from swarm.links.interfaces import Transport
 from swarm.rpc import Link, Reply, Rpc
 from swarm.transport import TcpTransport
 from swarm.types import Address, PeerId
@@ -74,11 +75,19 @@ class Linear:
         self.round = -1
         self.parameters = torch.zeros(length)
         self.momentum = torch.zeros(length)
+        self.earlier = torch.zeros(length)  # parameters of the beginning of the round before
         self.sum = torch.zeros(length)
+        self.ahead = torch.zeros(length)  # the next round's
         self.spoil: Callable[[torch.Tensor], torch.Tensor] = lambda values: values  # a liar's last touch
 
-    def add(self, round_: int, index: int) -> None:
-        self.sum += self.spoil(gradient(self.plan, self.stage, round_, index, self.parameters))
+    def add(self, round_: int, index: int) -> torch.Tensor:
+        ahead = round_ - self.round
+        if ahead not in (0, int(self.plan.overlap)):
+            raise StaleRound(f"round {self.round} is collected, not {round_}")
+        parameters = self.earlier if self.plan.overlap and not ahead else self.parameters
+        found = self.spoil(gradient(self.plan, self.stage, round_, index, parameters))
+        (self.ahead if ahead else self.sum).add_(found)
+        return found
 
     def saved(self) -> list[int]:
         return [0]
@@ -87,33 +96,45 @@ class Linear:
         assert round_ == 0
         self.parameters.zero_()
         self.momentum.zero_()
+        self.earlier.zero_()
         self._entered(0)
 
     def _entered(self, round_: int) -> None:
         self.round = round_
         self.sum.zero_()
+        self.ahead.zero_()
+
+    def _turn(self) -> None:
+        self.round += 1
+        self.sum.copy_(self.ahead)
+        self.ahead.zero_()
 
     def sums(self) -> dict[str, torch.Tensor]:
         return {STAGE: self.sum}
 
-    def void(self) -> None:
-        self.sum.zero_()
+    def void(self, round_: int) -> None:
+        if round_ in (self.round, self.round + 1):
+            (self.sum if round_ == self.round else self.ahead).zero_()
 
     def commit(self, mean: Mapping[str, torch.Tensor], factor: float) -> None:
+        self.earlier.copy_(self.parameters)
         self.momentum.mul_(0.5).add_(mean[STAGE], alpha=factor)
         self.parameters.sub_(self.momentum, alpha=0.3)
-        self._entered(self.round + 1)
+        self._turn()
 
     def skip(self) -> None:
-        self._entered(self.round + 1)
+        self.earlier.copy_(self.parameters)
+        self._turn()
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "parameters", self.parameters
         yield "momentum", self.momentum
+        yield "earlier", self.earlier
 
     def load(self, round_: int, state: Mapping[str, torch.Tensor]) -> None:
         self.parameters.copy_(state["parameters"])
         self.momentum.copy_(state["momentum"])
+        self.earlier.copy_(state["earlier"])
         self._entered(round_)
 
 
@@ -136,13 +157,21 @@ def alone(plan: Plan, length: int, rounds: int) -> list[Linear]:
 class LinearMember:
     """A member with everything around it but a node."""
 
-    def __init__(self, plan: Plan, stage: int, length: int, known: Callable[[], Mapping[PeerId, Endpoint]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stage: int,
+        length: int,
+        known: Callable[[], Mapping[PeerId, Endpoint]],
+        transport: Transport | None = None,
+        executor: Executor | None = None,
+    ) -> None:
         self.plan = plan
         self.stage = stage
         self.replica = Linear(plan, stage, length)
-        self.transport = TcpTransport(Identity.generate())
-        self.rpc = Rpc(self.transport)
-        self.executor = Executor()
+        self.transport = transport or TcpTransport(Identity.generate())
+        self.rpc = Rpc(self.transport, asyncio.get_running_loop().time)
+        self.executor = executor or Executor()
         self._known = known
         self.rpc.answer(RunMicroBatch, self._run)
         self.rpc.answer(Tell, self._tell)
@@ -160,13 +189,19 @@ class LinearMember:
         ledger = self.attendance
         await ledger.reached(message.round)
         if ledger.begin(message.round, message.index):
-            try:
-                await self.executor.run(lambda: self.replica.add(message.round, message.index))
-            except BaseException:
-                ledger.gave_up(message.round, message.index)
-                raise
-            ledger.counted(message.round, message.index)
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.executor.submit(
+                lambda: self.replica.add(message.round, message.index),
+                lambda _, error: self._added(message, error, ended),
+            )
+            await ended
         return Done()
+
+    def _added(self, message: RunMicroBatch, error: BaseException | None, ended: asyncio.Future[None]) -> None:
+        """The ledger is told also where nobody waits for it any more."""
+        (self.attendance.gave_up if error else self.attendance.counted)(message.round, message.index)
+        if not ended.done():
+            ended.set_result(None) if error is None else ended.set_exception(error)
 
     async def _tell(self, link: Link, message: Tell, body: memoryview) -> Reply:
         averaging = self.attendance._averager._attempt is not None
@@ -185,9 +220,15 @@ class LinearMember:
 class LinearTrainer:
     """Runs micro-batches through one member of every stage, several at once."""
 
-    def __init__(self, plan: Plan, known: Callable[[], Mapping[PeerId, Endpoint]], want: int = 4) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        known: Callable[[], Mapping[PeerId, Endpoint]],
+        want: int = 4,
+        transport: Transport | None = None,
+    ) -> None:
         self.plan = plan
-        self.rpc = Rpc(TcpTransport(Identity.generate()))
+        self.rpc = Rpc(transport or TcpTransport(Identity.generate()), asyncio.get_running_loop().time)
         self.attendance = TrainerAttendance(self.rpc, plan, known, want)
         self._tasks: list[asyncio.Task[None]] = []
 

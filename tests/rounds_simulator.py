@@ -32,6 +32,7 @@ ALLREDUCE_STALL = 1.0  # seconds after which a member gives up on who has not se
 PATIENCE = 0.6  # seconds that a trainer waits for a stage
 
 Gradient = tuple[float, ...]
+ZERO: Gradient = (0.0, 0.0, 0.0)
 
 
 def gradient(round_: int, index: int, stage: int, parameters: Gradient) -> Gradient:
@@ -47,7 +48,7 @@ class Reference:
         self._plan = plan
         self._stage = stage
         self._outcomes = outcomes  # of rounds: those that are skipped change nothing
-        self._curve: list[Gradient] = [(0.0, 0.0, 0.0)]
+        self._curve: list[Gradient] = [ZERO]
 
     def at(self, round_: int) -> Gradient:
         while len(self._curve) <= round_:
@@ -58,7 +59,8 @@ class Reference:
         parameters = self._curve[round_]
         if self._outcomes.get(round_, "commit") != "commit":
             return parameters
-        parts = [gradient(round_, index, self._stage, parameters) for index in range(self._plan.count)]
+        earlier = self._curve[max(round_ - 1, 0)] if self._plan.overlap else parameters
+        parts = [gradient(round_, index, self._stage, earlier) for index in range(self._plan.count)]
         return tuple(p + sum(part[i] for part in parts) for i, p in enumerate(parameters))
 
 
@@ -91,6 +93,7 @@ class AskState:
 class State:
     round: int
     parameters: Gradient
+    earlier: Gradient
 
 
 @dataclass
@@ -210,9 +213,12 @@ class SimulatedMember(Peer):
         endpoint = Endpoint(name, [("127.0.0.1", 1)])
         self.machine = Member(plan, stage, endpoint, line, network.now)
         self.round = -1
-        self.parameters: Gradient = (0.0, 0.0, 0.0)
-        self.sums: Gradient = (0.0, 0.0, 0.0)
+        self.parameters: Gradient = ZERO
+        self.earlier: Gradient = ZERO  # of the beginning of the round before
+        self.sums: Gradient = ZERO
         self.samples: list[int] = []
+        self.ahead: Gradient = ZERO  # the next round's sum
+        self.samples_ahead: list[int] = []
         self.mean: Gradient | None = None
         self._attempt: Order | None = None
         self._parts: dict[tuple[int, int], dict[PeerId, Part]] = {}
@@ -237,14 +243,14 @@ class SimulatedMember(Peer):
             case AskState():
                 (self._followers.discard if payload.stop else self._followers.add)(sender)
                 if not payload.stop and self.round >= 0:
-                    self.network.send(self.name, sender, State(self.round, self.parameters))
+                    self.network.send(self.name, sender, self._state())
             case State():
                 self._came(payload)
             case _:
                 super().take(sender, payload)
 
     def digest(self) -> bytes:
-        return hashlib.sha256(repr((self.round, self.parameters)).encode()).digest()
+        return hashlib.sha256(repr(self._state()).encode()).digest()
 
     # --- micro-batches
 
@@ -255,34 +261,50 @@ class SimulatedMember(Peer):
         except (StaleRound, NotReady):
             self.network.send(self.name, trainer, Ran(round_, batch.lent, False))
             return
-        part = gradient(round_, index, self.stage, self.parameters)
 
         def ended() -> None:
-            if fresh and self.round == round_:
-                self.sums = tuple(a + b for a, b in zip(self.sums, part, strict=True))
-                self.samples.append(index)
+            ahead = round_ - self.round
+            taken = ahead in (0, int(self.plan.overlap))
+            if fresh and taken:
+                self._add(round_, index, ahead > 0)
                 self.machine.counted(round_, index, self.network.now)
-            self.network.send(self.name, trainer, Ran(round_, batch.lent, self.round == round_))
+            self.network.send(self.name, trainer, Ran(round_, batch.lent, taken))
 
         self.later(COMPUTE, ended)
+
+    def _add(self, round_: int, index: int, ahead: bool) -> None:
+        if ahead:
+            self.ahead = _plus(self.ahead, gradient(round_, index, self.stage, self.parameters))
+            self.samples_ahead.append(index)
+        else:
+            parameters = self.earlier if self.plan.overlap else self.parameters
+            self.sums = _plus(self.sums, gradient(round_, index, self.stage, parameters))
+            self.samples.append(index)
+
+    def _turn(self) -> None:
+        self.round += 1
+        self.sums, self.samples, self.ahead, self.samples_ahead = self.ahead, self.samples_ahead, ZERO, []
 
     # --- effects
 
     def _do_restore(self, effect: Restore) -> None:
         assert effect.round == 0
-        self._load(State(0, (0.0, 0.0, 0.0)))
+        self._load(State(0, ZERO, ZERO))
 
     def _load(self, state: State) -> None:
-        self.round, self.parameters = state.round, state.parameters
-        self._forget()
+        self.round, self.parameters, self.earlier = state.round, state.parameters, state.earlier
+        self.sums, self.samples, self.ahead, self.samples_ahead = ZERO, [], ZERO, []
         self.machine.holds(self.round, self.digest(), self.network.now)
 
-    def _forget(self) -> None:
-        self.sums, self.samples = (0.0, 0.0, 0.0), []
+    def _state(self) -> State:
+        return State(self.round, self.parameters, self.earlier)
 
     def _do_void(self, effect: Void) -> None:
-        self._forget()
-        self.machine.voided(self.network.now)
+        if effect.round == self.round:
+            self.sums, self.samples = ZERO, []
+        elif effect.round == self.round + 1:
+            self.ahead, self.samples_ahead = ZERO, []
+        self.machine.voided(effect.round, self.network.now)
 
     def _do_fetch(self, effect: Fetch) -> None:
         self._fetching = True
@@ -355,17 +377,21 @@ class SimulatedMember(Peer):
         assert decision.outcome != "commit" or mean is not None
 
         def stepped() -> None:
+            self.earlier = self.parameters
             if decision.outcome == "commit":
                 assert mean is not None
-                self.parameters = tuple(p + m for p, m in zip(self.parameters, mean, strict=True))
+                self.parameters = _plus(self.parameters, mean)
             self.applied.append((self.round, len(self.samples), tuple(self.samples)))
-            self.round += 1
-            self._forget()
+            self._turn()
             for follower in sorted(self._followers):
-                self.network.send(self.name, follower, State(self.round, self.parameters))
+                self.network.send(self.name, follower, self._state())
             self.machine.holds(self.round, self.digest(), self.network.now)
 
         self.later(STEP, stepped)
+
+
+def _plus(one: Gradient, other: Gradient) -> Gradient:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 class SimulatedTrainer(Peer):
@@ -381,8 +407,8 @@ class SimulatedTrainer(Peer):
 
     def flush(self) -> None:
         while self.machine.todo:
-            lent = self.machine.todo.popleft()
-            self._ask(self.machine.round, lent, self.plan.stages - 1)
+            round_, lent = self.machine.todo.popleft()
+            self._ask(round_, lent, self.plan.stages - 1)
         super().flush()
 
     def _ask(self, round_: int, lent: Lent, stage: int) -> None:
@@ -391,7 +417,7 @@ class SimulatedTrainer(Peer):
         hosts = [peer for peer, held in where.items() if held == stage]
         holders = [peer for peer in hosts if peer in lent.holders]
         key = round_, lent.index, lent.lease
-        if not hosts or round_ != self.machine.round:
+        if not hosts or round_ < self.machine.round:
             self._end(round_, lent)
             return
         self._waiting[key] = stage
@@ -420,9 +446,11 @@ class SimulatedTrainer(Peer):
 class Run:
     """A run in virtual time: `stages` x `replicas` members and trainers."""
 
-    def __init__(self, seed: int, stages: int, replicas: int, trainers: int, samples: int = 10) -> None:
+    def __init__(
+        self, seed: int, stages: int, replicas: int, trainers: int, samples: int = 10, overlap: bool = False
+    ) -> None:
         self.network = Network(seed)
-        self.plan = Plan(b"r" * 16, stages, samples, 2, clip=0.0)
+        self.plan = Plan(b"r" * 16, stages, samples, 2, clip=0.0, overlap=overlap)
         self._names = itertools.count()
         for stage in range(stages):
             for _ in range(replicas):

@@ -124,7 +124,10 @@ def tokens(rows: int, count: int, vocabulary: int = 96, seed: int = 0) -> torch.
 
 
 def reference_curve(run: Run, rounds: int, samples: Callable[[int], torch.Tensor]) -> list[float]:
-    """One process with transformers and torch alone: all `samples` of a round at once, [target, N]."""
+    """One process with transformers and torch alone: all `samples` of a round at once, [target, N].
+
+    Where the run's rounds overlap, gradients are taken with the weights of the round before.
+    """
     config = config_of(run, byte_tokenizer())
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.train(False)
@@ -140,14 +143,24 @@ def reference_curve(run: Run, rounds: int, samples: Callable[[int], torch.Tensor
     groups = [{"params": decaying, "weight_decay": table.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, betas=table.betas, eps=table.epsilon)
     schedule: Any = get_scheduler(run.schedule.name, optimizer, run.schedule.warmup_rounds, run.rounds)
-    losses = []
+    losses, earlier = [], [weight.detach().clone() for weight in model.parameters()]
     for round in range(rounds):
-        ids = samples(round)
+        ids, latest = samples(round), [weight.detach().clone() for weight in model.parameters()]
+        if run.averaging.overlap:
+            _set(model, earlier)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), table.clip_norm)
+        _set(model, latest)
+        earlier = latest
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def _set(model: torch.nn.Module, values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for weight, value in zip(model.parameters(), values, strict=True):
+            weight.copy_(value)

@@ -60,7 +60,7 @@ class Book:
     def gave_up(self, round_: int, index: int) -> None:
         self.under_way.discard(index)
 
-    def voided(self) -> None:
+    def voided(self, round_: int) -> None:
         self.in_sum.clear()
 
 

@@ -123,12 +123,13 @@ def check(run: Run, curves: list[Reference], story: str) -> None:
         if member.round >= 0:
             expected = curves[member.stage].at(member.round)
             assert member.parameters == expected, f"{story}: {member.name} in round {member.round}"
-        assert len(set(member.samples)) == len(member.samples), f"{story}: counted twice in one sum"
+        for samples in (member.samples, member.samples_ahead):
+            assert len(set(samples)) == len(samples), f"{story}: counted twice in one sum"
 
 
-def play(seed: int) -> None:
+def play(seed: int, overlap: bool = False) -> None:
     """One schedule, checked after every event, until everyone is through and in step."""
-    run = Run(seed, *SHAPES[seed % len(SHAPES)])
+    run = Run(seed, *SHAPES[seed % len(SHAPES)], overlap=overlap)
     schedule = Schedule(run, seed)
     curves = [Reference(run.plan, stage, run.network.outcomes) for stage in range(run.plan.stages)]
 
@@ -144,13 +145,15 @@ def play(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(27))
-def test_every_replica_stays_on_the_curve_of_one_process_whatever_fails(seed: int) -> None:
-    play(seed)
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
+def test_every_replica_stays_on_the_curve_of_one_process_whatever_fails(seed: int, overlap: bool) -> None:
+    play(seed, overlap)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("tens", range(10))
-def test_five_hundred_schedules(tens: int) -> None:
-    for seed in range(50 * tens, 50 * (tens + 1)):
+@pytest.mark.parametrize("fifty", range(10))
+def test_five_hundred_schedules(fifty: int) -> None:
+    for seed in range(50 * fifty, 50 * (fifty + 1)):
         play(seed)
+        play(seed, overlap=True)

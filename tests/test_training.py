@@ -69,6 +69,18 @@ async def test_a_replica_dies_and_another_joins_and_the_curve_does_not_show_it(t
         assert len(set(digests)) == 2
 
 
+async def test_rounds_that_overlap_make_the_curve_of_one_process_whose_gradients_are_a_step_old(tmp_path: Path) -> None:
+    run = small_run(TWO, rounds=12, target=8, tied=True, more="overlap = true\n")
+    async with training_swarm(run, tmp_path) as swarm:
+        members = await asyncio.gather(*(swarm.member(stage) for stage in (0, 0, 1, 1)))
+        rounds = await train(await swarm.trainer())
+        assert [ended.outcome for ended in rounds] == ["commit"] * 12
+        assert losses(rounds) == pytest.approx(expected(run, 12), abs=1e-4)
+        digests = await swarm.digests()
+        assert len(set(digests)) == 2
+        assert {member.stage.round for member in members if member.stage} == {12}
+
+
 async def test_two_trainers_use_every_sample_once(tmp_path: Path) -> None:
     run = small_run(rounds=12, target=8)
     async with training_swarm(run, tmp_path) as swarm:

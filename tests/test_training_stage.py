@@ -14,7 +14,7 @@ from runs import reference_curve, small_run, tokens
 from peer.training.checkpoints import Checkpoints
 from peer.training.optimizer import PIECE, Optimizer
 from peer.training.stage import MicroBatch, TrainingStage
-from swarm.errors import BadTensor, DiskFull, ModelCorrupt, SumLost, UsageError
+from swarm.errors import BadTensor, DiskFull, ModelCorrupt, StaleRound, SumLost, UsageError
 from swarm.runs.origin import byte_tokenizer, config_of, stage_of
 from swarm.runs.run import Run
 from swarm.runs.schedule import schedule_of
@@ -48,16 +48,17 @@ def round_of(run: Run, round: int) -> torch.Tensor:
     return torch.cat([batch_of(run, index, round) for index in range(run.micro_batches)])
 
 
-def through(stages: list[TrainingStage], index: int, round: int = 0) -> float:
-    """One micro-batch forward and backward through all stages."""
+def through(stages: list[TrainingStage], index: int, round: int = 0, ahead: bool = False) -> float:
+    """One micro-batch forward and backward through all stages; `ahead`: before its round is collected."""
+    of = stages[0].round + 1 if ahead else None
     ids = batch_of(stages[0].run, index, round)
     inputs = [ids]
     for stage in stages[:-1]:
-        inputs.append(stage.forward(MicroBatch(inputs[-1])))
-    loss, gradient = stages[-1].finish(MicroBatch(inputs[-1], ids), add=True)
+        inputs.append(stage.forward(MicroBatch(inputs[-1], round=of)))
+    loss, gradient = stages[-1].finish(MicroBatch(inputs[-1], ids, round=of), add=True)
     for stage, given in zip(stages[-2::-1], inputs[-2::-1], strict=True):
         assert gradient is not None
-        gradient = stage.backward(MicroBatch(given), gradient, add=True)
+        gradient = stage.backward(MicroBatch(given, round=of), gradient, add=True)
     assert gradient is None
     return loss
 
@@ -66,6 +67,13 @@ def whole_round(stages: list[TrainingStage], round: int = 0) -> float:
     """A round as replicas without others end it, clipped by the global norm."""
     run = stages[0].run
     loss = sum(through(stages, index, round) for index in range(run.micro_batches)) / run.batch.target
+    end_round(stages)
+    return loss
+
+
+def end_round(stages: list[TrainingStage]) -> None:
+    """Average and step."""
+    run = stages[0].run
     means: list[dict[str, torch.Tensor]] = [
         {group: total / run.batch.target for group, total in stage.sums().items()} for stage in stages
     ]
@@ -76,7 +84,6 @@ def whole_round(stages: list[TrainingStage], round: int = 0) -> float:
     factor = min(1.0, run.optimizer.clip_norm / (squares**0.5 + 1e-12))
     for stage, mean in zip(stages, means, strict=True):
         stage.commit(mean, factor)
-    return loss
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
@@ -90,6 +97,78 @@ def test_the_loss_curve_is_that_of_one_process(stages: tuple[str, ...], tied: bo
     members = stages_of(run)
     found = [whole_round(members, round) for round in range(8)]
     assert found == pytest.approx(reference_curve(run, 8, partial(round_of, run)), abs=1e-4)
+
+
+OVERLAP = "overlap = true\n"  # of the averaging table
+
+
+@pytest.mark.parametrize("stages", [("0:4",), ("0:2", "2:4")], ids=["1", "2"])
+def test_rounds_that_overlap_make_the_curve_of_one_process_whose_gradients_are_a_step_old(
+    stages: tuple[str, ...],
+) -> None:
+    """However many of a round's micro-batches are computed before the step of the round before."""
+    run = small_run(stages, tied=True, more=OVERLAP)
+    members = stages_of(run)
+    losses = [[0.0] * run.micro_batches for _ in range(9)]
+    for round in range(8):
+        early, now = (round + 2) % (run.micro_batches + 1), (round + 1) % (run.micro_batches + 1) if round else 0
+        for index in range(early):
+            losses[round + 1][index] = through(members, index, round + 1, ahead=True)
+        for index in range(now, run.micro_batches):
+            losses[round][index] = through(members, index, round)
+        end_round(members)
+    found = [sum(each) / run.batch.target for each in losses[:8]]
+    assert found == pytest.approx(reference_curve(run, 8, partial(round_of, run)), abs=1e-4)
+    assert found != pytest.approx(reference_curve(small_run(stages, tied=True), 8, partial(round_of, run)), abs=1e-3)
+
+
+def test_what_is_summed_ahead_is_kept_apart_and_outlives_a_sum_that_is_void_and_a_round_that_is_skipped() -> None:
+    (member,) = stages_of(small_run(more=OVERLAP))
+    through([member], 0)
+    assert not member.optimizer.ahead.any()
+    before = member.sums()["stage"].clone()
+    through([member], 1, 1, ahead=True)
+    ahead = member.optimizer.ahead.clone()
+    assert ahead.any()
+    assert torch.equal(member.sums()["stage"], before)
+    member.void(0)
+    assert not member.sums()["stage"].any()
+    member.skip()
+    assert torch.equal(member.sums()["stage"], ahead)
+    member.void(1)
+    assert not member.sums()["stage"].any()
+    with pytest.raises(StaleRound, match="of round 1 are taken, not of 0"):
+        member.finish(MicroBatch(batch_of(member.run, 0), batch_of(member.run, 0), round=0), add=True)
+
+
+def test_between_micro_batches_the_weights_are_those_of_now(tmp_path: Path) -> None:
+    """Whoever uses the model while it is trained, newcomers and checkpoints find nothing else."""
+    run = small_run(more=OVERLAP + "\n[checkpoint]\nevery = 1\n")
+    (member,) = stages_of(run, tmp_path)
+    whole_round([member], 0)
+    through([member], 0, 1)
+    for name, view in member.optimizer.layout.views(member.optimizer.weights).items():
+        assert member.model.parameters()[name].data_ptr() == view.data_ptr()
+    (fetched,), (resumed,) = stages_of(run), stages_of(run, tmp_path, resume=True)
+    fetched.load(1, {name: tensor.clone() for name, tensor in member.state()})
+    assert digest(fetched) == digest(resumed) == digest(member)
+    member.void(1)
+    assert whole_round([fetched], 1) == whole_round([resumed], 1) == whole_round([member], 1)
+    assert digest(fetched) == digest(resumed) == digest(member)
+
+
+def test_with_a_scaled_loss_a_round_keeps_the_scale_that_it_was_begun_with() -> None:
+    precision = '\n[precision]\ncompute = "float16"\ninitial_scale = 1024.0\n'
+    (member,) = stages_of(small_run(more=OVERLAP + precision))
+    through([member], 0, 1, ahead=True)
+    member.skip()
+    assert member.optimizer.scale == 512.0
+    through([member], 1, 1)
+    found = member.sums()["stage"].clone()
+    (other,) = stages_of(small_run(more=precision))
+    through([other], 0, 1)
+    through([other], 1, 1)
+    assert (found - other.sums()["stage"]).norm() < 0.02 * found.norm()
 
 
 def test_both_ends_of_a_tied_embedding_stay_equal() -> None:
@@ -240,15 +319,17 @@ def test_a_schedule_that_cannot_be_used_is_refused(name: str, told: str) -> None
         schedule_of(parse(run_text().replace('"cosine"', f'"{name}"')))
 
 
-def test_a_stage_needs_four_numbers_for_a_weight() -> None:
-    """Weights, gradient and two moments: what averages comes on top, and activations."""
-    (member,) = stages_of(small_run())
+@pytest.mark.parametrize(("more", "numbers"), [("", 4), (OVERLAP, 6)], ids=["in turn", "overlap"])
+def test_a_stage_needs_four_numbers_for_a_weight_or_six_where_rounds_overlap(more: str, numbers: int) -> None:
+    """Weights, gradient and two moments; with overlap, weights and gradient twice. The averaging buffer is one more."""
+    (member,) = stages_of(small_run(more=more))
     optimizer: Optimizer = member.optimizer
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in member.state()}
-    held[optimizer.gradient.untyped_storage().data_ptr()] = optimizer.gradient.untyped_storage().nbytes()
-    for weight in member.model.parameters().values():
-        held[weight.untyped_storage().data_ptr()] = weight.untyped_storage().nbytes()
-    assert sum(held.values()) < 4 * 4 * optimizer.layout.size + 1024
+    tensors = [*(tensor for _, tensor in member.state()), optimizer.gradient, optimizer.ahead]
+    tensors += [
+        each for weight in member.model.parameters().values() for each in (weight, weight.grad) if each is not None
+    ]
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert numbers * 4 * optimizer.layout.size <= sum(held.values()) < numbers * 4 * optimizer.layout.size + 1024
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

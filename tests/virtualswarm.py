@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from arithmetic import ARITHMETIC, ArithmeticModel
 from decoding import Decoding, Ends, Undisturbed
+from virtualexecutor import VirtualExecutor
 
 from peer.cache import Leases
 from peer.server import Server
@@ -45,59 +45,9 @@ CLIENT = -1
 Load = Callable[[Span], Any]
 
 
-class VirtualExecutor:
-    """The compute thread of one peer, in virtual time: one piece of work after another, slow or stopped as its peer."""
-
-    def __init__(self, network: LoopbackNetwork, peer: PeerId) -> None:
-        self._network = network
-        self._peer = peer
-        self._queue: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
-        self._task: asyncio.Task[None] | None = None
-        self.busy = 0.0
-
-    def submit(self, work: Callable[[], Any], done: Callable[..., None]) -> None:
-        self._queue.append((work, done))
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._work())
-
-    async def run(self, work: Callable[[], Any]) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def done(result: Any, error: BaseException | None) -> None:
-            if not future.done():
-                future.set_result(result) if error is None else future.set_exception(error)
-
-        self.submit(work, done)
-        return await future
-
-    async def _work(self) -> None:
-        while self._queue:
-            work, done = self._queue.popleft()
-            await self._network.running(self._peer)
-            result, error = None, None
-            try:
-                result = work()
-            except Exception as failure:  # noqa: BLE001 (as the real one)
-                error = failure
-            seconds = _seconds(result) * self._network.slowness(self._peer)
-            await asyncio.sleep(seconds)
-            result = (
-                (result[0], seconds, *result[2:]) if isinstance(result, tuple) else result
-            )  # as its clock would say
-            await self._network.running(self._peer)
-            done(result, error)
-        self._task = None
-
-    @property
-    def busy_now(self) -> bool:
-        """Whether something is still to be done."""
-        return self._task is not None
-
-    def end(self) -> None:
-        """As the process ends."""
-        self._queue.clear()
-        if self._task is not None:
-            self._task.cancel()
+def _timed(result: Any, seconds: float) -> Any:
+    """A turn's result tells how long it took."""
+    return (result[0], seconds, *result[2:]) if isinstance(result, tuple) else result
 
 
 def _seconds(result: Any) -> float:
@@ -134,7 +84,7 @@ class VirtualPeer:
         self._swarm = swarm
         self.transport: LoopbackTransport = swarm.network.transport(peer)
         self.rpc = Rpc(self.transport, asyncio.get_running_loop().time)
-        self.executor = VirtualExecutor(swarm.network, peer)
+        self.executor = VirtualExecutor(swarm.network, peer, _seconds, _timed)
         loop = asyncio.get_running_loop()
         self.leases = Leases(swarm.cache_tokens, LEASE_SECONDS)
         stage = Stage(swarm.load(span))

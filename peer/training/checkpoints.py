@@ -1,7 +1,8 @@
 """What a stage saves of itself: a folder a round, safetensors and a small JSON, whole or not at all.
 
 `round-00000100/stage-1.safetensors` holds the weights by the names that the whole model gives them, and the moments of
-the optimizer under `exp_avg.` and `exp_avg_sq.`; `stage-1.json` says of which run, and what else the next step needs.
+the optimizer under `exp_avg.` and `exp_avg_sq.` (where rounds overlap, the weights of the round before under
+`earlier.`); `stage-1.json` says of which run, and what else the next step needs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peer.training.optimizer import MOMENTS, Optimizer, in_pieces
+from peer.training.optimizer import Optimizer, in_pieces
 from swarm.errors import DiskFull, ModelCorrupt
 from swarm.runs.run import Run
 
@@ -36,7 +37,7 @@ class _About(msgspec.Struct):
     round: int
     steps: int
     unchanged: int
-    scale: float
+    scale: tuple[float, float]
 
 
 class Checkpoints:
@@ -95,12 +96,14 @@ class Checkpoints:
             raise ModelCorrupt(f"{about} is of another run or stage")
         state = _flattened(named, optimizer, weights)
         counters = torch.tensor([said.steps, said.unchanged])
-        return {**state, "counters": counters, "scale": torch.tensor([said.scale])}
+        return {**state, "counters": counters, "scale": torch.tensor(said.scale)}
 
     def _about(self, round_: int, optimizer: Optimizer) -> _About:
         state = dict(optimizer.state())
         steps, unchanged = state["counters"].tolist()
-        return _About(self._run.id, self._run.stages[self._stage], round_, steps, unchanged, state["scale"].item())
+        now, earlier = state["scale"].tolist()
+        stage = self._run.stages[self._stage]
+        return _About(self._run.id, stage, round_, steps, unchanged, (now, earlier))
 
     def _files(self, round_: int) -> tuple[Path, Path]:
         assert self.folder is not None
@@ -125,17 +128,21 @@ def rounds_in(folder: Path) -> list[int]:
 
 
 def _named(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    vectors = optimizer.vectors()
-    named = dict(optimizer.layout.views(vectors["weights"].cpu()))
-    for moment in MOMENTS:
-        named |= {f"{moment}.{name}": view for name, view in optimizer.layout.views(vectors[moment].cpu()).items()}
-    return {name: view.contiguous().clone() for name, view in named.items()}
+    named: dict[str, torch.Tensor] = {}
+    for kind, vector in optimizer.vectors().items():
+        views = optimizer.layout.views(vector.cpu())
+        named |= {f"{_prefix(kind)}{name}": view.clone() for name, view in views.items()}
+    return named
+
+
+def _prefix(kind: str) -> str:
+    return "" if kind == "weights" else f"{kind}."
 
 
 def _flattened(named: Mapping[str, torch.Tensor], optimizer: Optimizer, file: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
-    for kind, prefix in (("weights", ""), *((moment, f"{moment}.") for moment in MOMENTS)):
-        flat = torch.empty(optimizer.layout.size)
+    for kind in optimizer.vectors():
+        flat, prefix = torch.empty(optimizer.layout.size), _prefix(kind)
         for name, view in optimizer.layout.views(flat).items():
             tensor = named.get(f"{prefix}{name}")
             if tensor is None or tensor.shape != view.shape:

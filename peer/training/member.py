@@ -83,7 +83,7 @@ class MemberAttendance(Attendance):
         self.participant.check(round_)
 
     def _is_at(self, round_: int) -> bool:
-        return self.participant.ready and self.round >= round_
+        return self.participant.ready and self.participant.reaches(round_)
 
     def begin(self, round_: int, index: int) -> bool:
         """One is about to be run backward; whether it is to be added to the sum. Raises `StaleRound` or `NotReady`."""
@@ -99,9 +99,9 @@ class MemberAttendance(Attendance):
         self.participant.gave_up(round_, index, self.now)
         self.flush()
 
-    def voided(self) -> None:
-        """The sum is gone, and with it all that was counted."""
-        self.participant.voided(self.now)
+    def voided(self, round_: int) -> None:
+        """The sum of a round is gone, and with it all that was counted."""
+        self.participant.voided(round_, self.now)
         self.flush()
 
     # --- doing what was decided --------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ class MemberAttendance(Attendance):
                 await self._apply(decision, self._averager.mean)
                 if decision.outcome == "commit":
                     self._averager.commit()
-            case Void():
-                await self._executor.run(self.replica.void)
-                self.participant.voided(self.now)
+            case Void(round=round_):
+                await self._executor.run(lambda: self.replica.void(round_))
+                self.participant.voided(round_, self.now)
             case Restore(round=round_):
                 await self._settle_digest()
                 await self._executor.run(lambda: self.replica.restore(round_))

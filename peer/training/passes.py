@@ -38,8 +38,8 @@ class Ledger(Protocol):
     def gave_up(self, round_: int, index: int) -> None:
         """It is not in the sum: something failed."""
 
-    def voided(self) -> None:
-        """The sum is gone, and with it all that was counted."""
+    def voided(self, round_: int) -> None:
+        """The sum of a round is gone, and with it all that was counted."""
 
 
 class Passes:
@@ -68,7 +68,8 @@ class Passes:
         inputs, labels, *positions = tensors.decode(body, message.specs())
         if labels.ndim != 2 or inputs.shape[:2] != labels.shape:
             raise BadTensor(f"labels of shape {list(labels.shape)} for inputs of {list(inputs.shape)}")
-        batch = MicroBatch(inputs, labels, positions[0] if positions else None)
+        round_ = message.round if message.round != EVALUATION else None
+        batch = MicroBatch(inputs, labels, positions[0] if positions else None, round_)
         if message.round == EVALUATION:
             return await self._evaluate(message, batch)
         if len(inputs) != len(self._stage.run.samples_of(message.index)):
@@ -115,7 +116,7 @@ class Passes:
                 if add:
                     self._ledger.gave_up(message.round, message.index)
                 if isinstance(error, SumLost):
-                    self._ledger.voided()
+                    self._ledger.voided(message.round)
             if ended.done():
                 return
             if error is None:

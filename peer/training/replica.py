@@ -30,14 +30,17 @@ class Replica(Protocol):
         Views that the next step overwrites; they are not written to.
         """
 
-    def void(self) -> None:
-        """Forget the sums of this round."""
+    def void(self, round_: int) -> None:
+        """Forget the sums of a round: this one, or the next where that is summed ahead. Of others, there are none."""
 
     def commit(self, mean: Mapping[str, torch.Tensor], factor: float) -> None:
-        """One optimizer step with the mean gradient (like `sums`) times `factor`; then `round` + 1 and sums of zero."""
+        """One optimizer step with the mean gradient (like `sums`) times `factor`; then `round` + 1.
+
+        Sums are zero then, or what was summed ahead.
+        """
 
     def skip(self) -> None:
-        """The round is over without a step: `round` + 1, sums of zero."""
+        """The round is over without a step: `round` + 1, and sums as after one."""
 
     def state(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Parameters, optimizer state and whatever else the next step depends on, by name, in an order that is fixed.

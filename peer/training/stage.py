@@ -15,7 +15,7 @@ import torch
 
 from peer.training.checkpoints import Checkpoints
 from peer.training.optimizer import Optimizer
-from swarm.errors import BadTensor, DiskFull, SumLost
+from swarm.errors import BadTensor, DiskFull, StaleRound, SumLost
 from swarm.runs.run import Run
 from swarm.runs.trainable import TrainableStage
 
@@ -29,6 +29,7 @@ class MicroBatch:
     inputs: torch.Tensor  # token ids [B, N] at the first stage, hidden states [B, N, H] at the others
     labels: torch.Tensor | None = None  # [B, N], at the last stage
     position_ids: torch.Tensor | None = None  # [B, N]
+    round: int | None = None  # None for the one that is collected
 
 
 class TrainingStage:
@@ -56,9 +57,9 @@ class TrainingStage:
 
     @torch.no_grad()
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The hidden states [B, N, H] that go to the next stage. Raises `BadTensor`."""
+        """The hidden states [B, N, H] that go to the next stage. Raises `BadTensor`, or `StaleRound`."""
         batch = self._checked(batch)
-        with self._precision():
+        with self.optimizer.computing(self._is_ahead(batch)), self._precision():
             return self.model.forward(batch.inputs, batch.position_ids)
 
     def backward(self, batch: MicroBatch, gradient: torch.Tensor, add: bool) -> torch.Tensor | None:
@@ -72,16 +73,18 @@ class TrainingStage:
             The gradient with respect to the input, [B, N, H]; None at the first stage.
 
         Raises:
-            BadTensor: a wrong shape. SumLost: it failed halfway, and the whole sum is forgotten.
+            BadTensor: a wrong shape. StaleRound: nothing is summed of that round.
+            SumLost: it failed halfway, and the whole sum is forgotten.
         """
         batch = self._checked(batch)
         shape = [*batch.inputs.shape[:2], self.model.hidden_size]
         if list(gradient.shape) != shape or not gradient.is_floating_point():
             raise BadTensor(f"a gradient of shape {list(gradient.shape)}; {shape} is taken")
-        inputs = self._leaf(batch)
-        with self._precision():
-            output = self.model.forward(inputs, batch.position_ids)
-        return self._back(inputs, output, gradient.to(output.device, output.dtype), add)
+        inputs, ahead = self._leaf(batch), self._is_ahead(batch)
+        with self.optimizer.computing(ahead):
+            with self._precision():
+                output = self.model.forward(inputs, batch.position_ids)
+            return self._back(inputs, output, gradient.to(output.device, output.dtype), add, ahead)
 
     def finish(self, batch: MicroBatch, add: bool) -> tuple[float, torch.Tensor | None]:
         """At the last stage, forward and backward in one.
@@ -92,10 +95,11 @@ class TrainingStage:
         Raises as `backward`.
         """
         batch = self._checked(batch)
-        inputs = self._leaf(batch)
-        loss = self._loss(batch, inputs)
-        scaled = loss * self.optimizer.scale
-        return loss.item(), self._back(inputs, scaled, torch.ones_like(scaled), add)
+        inputs, ahead = self._leaf(batch), self._is_ahead(batch)
+        with self.optimizer.computing(ahead):
+            loss = self._loss(batch, inputs)
+            scaled = loss * self.optimizer.scale_of(ahead)
+            return loss.item(), self._back(inputs, scaled, torch.ones_like(scaled), add, ahead)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> float:
@@ -113,17 +117,25 @@ class TrainingStage:
         return batch.inputs if self.model.first else batch.inputs.detach().clone().requires_grad_()
 
     def _back(
-        self, inputs: torch.Tensor, output: torch.Tensor, gradient: torch.Tensor, add: bool
+        self, inputs: torch.Tensor, output: torch.Tensor, gradient: torch.Tensor, add: bool, ahead: bool
     ) -> torch.Tensor | None:
         if not add:
             return None if self.model.first else torch.autograd.grad(output, inputs, gradient)[0]
-        self._scale_again()
+        if not ahead:
+            self._scale_again()
         try:
             torch.autograd.backward(output, gradient)
         except (RuntimeError, MemoryError) as error:  # some weights have it and some do not
-            self.void()
+            self.void(self.round + ahead)
             raise SumLost(f"a backward failed halfway: {error}") from error
         return None if self.model.first else inputs.grad
+
+    def _is_ahead(self, batch: MicroBatch) -> bool:
+        """Whether it is of the next round, which is computed with the weights of now."""
+        ahead = 0 if batch.round is None else batch.round - self.round
+        if ahead not in (0, int(self.run.averaging.overlap)):
+            raise StaleRound(f"micro-batches of round {self.round} are taken, not of {batch.round}")
+        return ahead > 0
 
     def _checked(self, batch: MicroBatch) -> MicroBatch:
         """`batch` on the stage's device."""
@@ -134,6 +146,7 @@ class TrainingStage:
             batch.inputs.to(device),
             None if labels is None else labels.to(device),
             None if ids is None else ids.to(device),
+            batch.round,
         )
 
     def _check(self, batch: MicroBatch) -> None:
@@ -179,21 +192,24 @@ class TrainingStage:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The sum over samples of the gradient, per group: float32 vectors on the CPU, the sums themselves there."""
-        if not self._unscaled and self.optimizer.scale != 1.0:
-            self.optimizer.gradient.div_(self.optimizer.scale)
+        if not self._unscaled and (scale := self.optimizer.scale_of(ahead=False)) != 1.0:
+            self.optimizer.gradient.div_(scale)
         self._unscaled = True
         return {group: self.optimizer.gradient[place].cpu() for group, place in self.optimizer.layout.groups.items()}
 
     def _scale_again(self) -> None:
         """After an attempt that failed, more is counted: scaled, as all that comes from autograd."""
-        if self._unscaled and self.optimizer.scale != 1.0:
-            self.optimizer.gradient.mul_(self.optimizer.scale)
+        if self._unscaled and (scale := self.optimizer.scale_of(ahead=False)) != 1.0:
+            self.optimizer.gradient.mul_(scale)
         self._unscaled = False
 
-    def void(self) -> None:
-        """Forget what was added up in this round."""
-        self.optimizer.gradient.zero_()
-        self._unscaled = False
+    def void(self, round_: int) -> None:
+        """Forget what was added up of a round, this one or the next."""
+        if round_ == self.round:
+            self.optimizer.gradient.zero_()
+            self._unscaled = False
+        elif round_ == self.round + 1 and self.run.averaging.overlap:
+            self.optimizer.ahead.zero_()
 
     def commit(self, mean: Mapping[str, torch.Tensor], factor: float) -> None:
         """End the round with one step: the mean gradient of every group, times `factor`."""

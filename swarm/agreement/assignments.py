@@ -31,6 +31,8 @@ class Plan:
         scaled: whether losses are scaled (fp16), so that gradients are not finite now and then and nobody is to blame.
         robust: how replicas' gradients become one: "none" (the exact mean), "clip" or "trimmed".
         dtype: of gradients on the wire: "float32", "float16" or "int8".
+        overlap: whether the next round is collected while one averages, with the parameters from before its step.
+        rounds: how many there are; 0 for no end.
     """
 
     run: bytes
@@ -43,11 +45,17 @@ class Plan:
     scaled: bool = False
     robust: str = "none"
     dtype: str = "float16"
+    overlap: bool = False
+    rounds: int = 0
 
     @property
     def count(self) -> int:
         """Micro-batches of a round."""
         return -(-self.samples // self.micro_batch)
+
+    def is_ahead(self, round_: int, collected: int) -> bool:
+        """Whether micro-batches of a round are taken already while `collected` has not ended."""
+        return self.overlap and round_ == collected + 1 and (not self.rounds or round_ < self.rounds)
 
     def size(self, index: int) -> int:
         """Samples of a micro-batch."""

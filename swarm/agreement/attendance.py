@@ -187,7 +187,7 @@ class TrainerAttendance(Attendance):
         await self.until(lambda: bool(self.participant.todo) or self.participant.stopped)
         if self.participant.stopped:
             raise Closed("the run has stopped: too many rounds in a row had to be skipped")
-        return self.round, self.participant.todo.popleft()
+        return self.participant.todo.popleft()
 
     def done(self, round_: int, lent: Lent) -> None:
         """A micro-batch has ended, well or not."""

@@ -6,6 +6,7 @@ are announced by `begin` and ended by `counted` or `gave_up`, so that a member t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -65,10 +66,20 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Void:
-    """Forget the sums of this round, then say `voided`."""
+    """Forget the sums of a round, this one or the next, then say `voided`."""
+
+    round: int
 
 
 Effect: TypeAlias = Restore | Fetch | Settled | Average | Abandon | Apply | Void
+
+
+class _Tally:
+    """Of one round, the micro-batches that are in the sum, and those that are about to be."""
+
+    def __init__(self) -> None:
+        self.counted: set[int] = set()
+        self.under_way: set[int] = set()
 
 
 class Member(Participant):
@@ -77,7 +88,7 @@ class Member(Participant):
     Args:
         stage: which.
         endpoint: where it listens.
-        line: 16 random bytes, the name of the line if it is this peer that begins the run.
+        line: 16 random bytes, the name of the line if it is this peer that begins the run; of the next, their hash.
         saved: the rounds at whose beginning it can start (0 for fresh parameters from the run's seed).
     """
 
@@ -101,8 +112,9 @@ class Member(Participant):
         self._digest = b""
         self._fetching = False
         self._stepping = False  # while it applies a decision or restores
-        self._counted: set[int] = set()
-        self._under_way: set[int] = set()
+        self._tally = _Tally()
+        self._ahead = _Tally()  # of the next round
+        self._of_line = b""  # what both are of
         self._sums = 1
         self._voiding = False
         self._attempt: tuple[int, int] | None = None  # (term, number) of what is being averaged, or was
@@ -125,7 +137,7 @@ class Member(Participant):
     @property
     def counted_indices(self) -> frozenset[int]:
         """The micro-batches in the sum."""
-        return frozenset(self._counted)
+        return frozenset(self._tally.counted)
 
     def begin(self, round_: int, index: int) -> bool:
         """A micro-batch of this round is about to be run backward; whether it is to be added to the sum.
@@ -136,32 +148,42 @@ class Member(Participant):
         self.check(round_)
         if not 0 <= index < self.plan.count:
             raise StaleRound(f"there is no micro-batch {index} in a round")
-        if index in self._counted or index in self._under_way:
+        tally = self._tally if round_ == self.round else self._ahead
+        if index in tally.counted or index in tally.under_way:
             return False
-        if self._closed >= 0 or self._voiding:
+        if tally is self._tally and (self._closed >= 0 or self._voiding):
             raise StaleRound(f"round {round_} is closed")
-        self._under_way.add(index)
+        tally.under_way.add(index)
         return True
 
     def check(self, round_: int) -> None:
         """Whether micro-batches of this round are taken here and now. Raises `StaleRound` or `NotReady`."""
-        if round_ > self.round or not self.ready:
+        if not self.ready or not self.reaches(round_):
             raise NotReady(f"round {round_} has not begun here")
         if round_ < self.round:
             raise StaleRound(f"round {round_} is over, {self.round} is collected")
 
+    def reaches(self, round_: int) -> bool:
+        """Whether that round is over, collected, or the next one that is begun already."""
+        return round_ <= self.round or self.plan.is_ahead(round_, self.round)
+
     def counted(self, round_: int, index: int, now: float) -> None:
         """It is in the sum."""
-        if round_ == self.round and index in self._under_way:
-            self._under_way.discard(index)
-            self._counted.add(index)
+        if (tally := self._tally_with(round_, index)) is not None:
+            tally.under_way.discard(index)
+            tally.counted.add(index)
             self._tell(now)
 
     def gave_up(self, round_: int, index: int, now: float) -> None:
         """It is not in the sum: something failed."""
-        if round_ == self.round and index in self._under_way:
-            self._under_way.discard(index)
+        if (tally := self._tally_with(round_, index)) is not None:
+            tally.under_way.discard(index)
             self._tell(now)
+
+    def _tally_with(self, round_: int, index: int) -> _Tally | None:
+        """The tally in which a micro-batch is under way."""
+        tally = {self.round: self._tally, self.round + 1: self._ahead}.get(round_)
+        return tally if tally is not None and index in tally.under_way else None
 
     @property
     def _closed(self) -> int:
@@ -185,11 +207,14 @@ class Member(Participant):
             self._report = report
             self._tell(now)
 
-    def voided(self, now: float) -> None:
-        """The sums are forgotten."""
-        self._voiding = False
-        self._counted.clear()
-        self._sums += 1
+    def voided(self, round_: int, now: float) -> None:
+        """The sums of a round are forgotten."""
+        if round_ == self.round:
+            self._voiding = False
+            self._tally.counted.clear()
+            self._sums += 1
+        elif round_ == self.round + 1:
+            self._ahead.counted.clear()
         self._tell(now)
 
     def failed_to_fetch(self, now: float) -> None:
@@ -207,7 +232,7 @@ class Member(Participant):
         if dict(order.void).get(self.me, 0) >= self._sums and not self._voiding:
             self._voiding = True
             self._drop_attempt()
-            self.effects.append(Void())
+            self.effects.append(Void(self.round))
         if order.phase in (Phase.COLLECT, Phase.CLOSE):
             self._drop_attempt()
         elif order.phase == Phase.AVERAGE and self._attempt != (order.term, order.attempt):
@@ -236,7 +261,7 @@ class Member(Participant):
     def status(self) -> Status:
         """All that a coordinator has to know."""
         assert self.previous is not None
-        closed = self._closed if not self._under_way and not self._voiding else -1
+        closed = self._closed if not self._tally.under_way and not self._voiding else -1
         return Status(
             line=self.previous.roster.line,
             round=self.round,
@@ -244,11 +269,12 @@ class Member(Participant):
             number=self._next_number(),
             ready=self.ready,
             closed=closed,
-            counted=to_bits(self._counted),
+            counted=to_bits(self._tally.counted),
             sums=self._sums,
             report=self._report,
             digest=self._digest if self._held == self.round else b"",
             bandwidth=self.bandwidth,
+            ahead=to_bits(self._ahead.counted),
         )
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -256,17 +282,26 @@ class Member(Participant):
     def _entered(self, now: float) -> None:
         decision = self.previous
         assert decision is not None
+        self._tally, self._ahead = self._ahead, _Tally()  # a step carries over what was summed ahead of it
+        self._voiding = False
+        self._sums = 1
         if self._may_apply(decision):
             self._step(Apply(decision))
         else:
             self._drop_attempt()
+            self._count_anew()
         self._attempt = self._report = None
-        self._counted.clear()
-        self._under_way.clear()
-        self._voiding = False
-        self._sums = 1
+        self._of_line = decision.roster.line
         self._settle()
         self._catch_up()
+
+    def _count_anew(self) -> None:
+        """Nothing is counted where a state is fetched; nor where another line begins at what is held here."""
+        self._tally = _Tally()
+        assert self.previous is not None
+        if self._held == self.round and self._of_line != self.previous.roster.line:
+            self._voiding = True
+            self.effects += [Void(self.round), Void(self.round + 1)]
 
     def _step(self, effect: Apply | Restore) -> None:
         self._stepping = True
@@ -277,7 +312,7 @@ class Member(Participant):
         if self._held != decision.round or self._fetching or self._stepping or not self.seated:
             return False
         if decision.outcome != "commit":
-            return True
+            return decision.outcome != "begin" or self._held < 0
         report = self._report
         if report is None or (report.term, report.attempt) != (decision.term, decision.attempt):
             return False
@@ -309,10 +344,16 @@ class Member(Participant):
 
     def tick(self, now: float) -> None:
         super().tick(now)
-        if self.previous is not None and now - self._heard > GIVE_UP and self.coordinator is None:
+        if self.previous is not None and self._is_left(now):
             self._leave(now)
         if self.previous is None and now - self._alone_since > SETTLE:
             self._begin_run(now)
+
+    def _is_left(self, now: float) -> bool:
+        """Whether nobody coordinates any more, or it is this one and too few are there to decide with."""
+        if self.coordinator is None:
+            return now - self._heard > GIVE_UP
+        return self.coordinator.proposing(now) > GIVE_UP
 
     def _leave(self, now: float) -> None:
         """Too few are left to decide anything: look for others to begin anew with, from what is held or saved."""
@@ -320,7 +361,7 @@ class Member(Participant):
         if self._fetching:
             self.effects.append(Settled())
         self._fetching = False
-        self.previous = self.order = None
+        self.previous = self.order = self.coordinator = None
         self.round = -1
         self._alone_since = now
 
@@ -352,6 +393,7 @@ class Member(Participant):
 
     def _announce(self, round_: int, seats: list[Seat], now: float) -> None:
         roster = Roster(self.plan.run, self._line, first(seats), seats, [])
+        self._line = hashlib.sha256(self._line).digest()[:16]  # whoever begins twice begins two lines
         decision = Decision(round_ - 1, 0, 0, "begin", 1.0, 0.0, [], roster)
         for seat in seats:
             self._send(PeerId(seat.endpoint.peer), Chosen(decision))

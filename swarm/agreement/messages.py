@@ -31,6 +31,7 @@ Finite = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 Factor = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e15)]  # bytes a second, 0: not measured
 Named = Annotated[list[Name], msgspec.Meta(max_length=MAX_MEMBERS)]
+Leases = Annotated[list[tuple[Index, Count]], msgspec.Meta(max_length=256)]  # (index, lease) of what is under way
 
 
 class Seat(Message):
@@ -161,6 +162,7 @@ class Status(Message, tag="status"):
     report: Report | None
     digest: Digest  # of parameters and optimizer state at the beginning of the round; empty until it is computed
     bandwidth: Rate
+    ahead: Bits = b""  # counted of the next round, where that is begun before this one has ended
 
 
 # --- between a coordinator and trainers ------------------------------------------------------------------------------
@@ -180,7 +182,8 @@ class Lent(Message):
 class Take(Message, tag="take"):
     """A trainer's sign of life: what it has under way, and that it wants to have `want` of them.
 
-    A micro-batch that it has seen lent and does not hold, it has done with, be it well or not.
+    A micro-batch that it has seen lent and does not hold, it has done with, be it well or not. `ahead` is the same of
+    the next round, where that is begun before this one has ended.
     """
 
     line: Key
@@ -189,15 +192,18 @@ class Take(Message, tag="take"):
     number: Count  # grows with every one
     want: Annotated[int, msgspec.Meta(ge=0, le=256)]
     seen: Count  # the highest lease of this round that it was told of
-    holding: Annotated[list[tuple[Index, Count]], msgspec.Meta(max_length=256)]  # (index, lease)
+    holding: Leases
+    ahead_seen: Count = 0
+    ahead: Leases = msgspec.field(default_factory=list)
 
 
 class Work(Message, tag="work"):
-    """All that a trainer has been lent of a round."""
+    """All that a trainer has been lent of a round, and `ahead` of the next one."""
 
     line: Key
     round: Round
     lent: Annotated[list[Lent], msgspec.Meta(max_length=256)]
+    ahead: Annotated[list[Lent], msgspec.Meta(max_length=256)] = msgspec.field(default_factory=list)
 
 
 # --- deciding, and who may ------------------------------------------------------------------------------------------

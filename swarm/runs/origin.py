@@ -118,6 +118,8 @@ def plan_of(run: Run, config: PreTrainedConfig) -> Plan:
         scaled=run.precision.compute == "float16",
         robust=run.averaging.robust,
         dtype=run.averaging.dtype,
+        overlap=run.averaging.overlap,
+        rounds=run.rounds,
     )
 
 

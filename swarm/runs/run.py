@@ -123,6 +123,7 @@ class AveragingTable(_Table):
 
     dtype: Literal["float16", "float32", "int8"] = "float16"
     robust: Literal["none", "clip", "trimmed"] = "none"
+    overlap: bool = False
 
 
 class CheckpointTable(_Table):
