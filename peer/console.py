@@ -34,18 +34,25 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
     bars("starting", 0, 0)
     node = Node(settings, identity_of(settings), bars)
     try:
-        _check_device(settings.device)
-        if not await unless_stopped(node.start(), stop):
+        if not await _start(node, _command_of(settings.model), bars, stop):
             return
-        bars.stop()
-        assert node.discovery is not None
-        _print_invitation(node.discovery.addresses, _command_of(settings.model), bool(settings.initial_peers))
         await unless_stopped(_until_broken(node), stop)
         if node.leases.used:
             await _leave(node, settings.drain_timeout)
     finally:
         bars.stop()
         await node.close()
+
+
+async def _start(node: Node | TrainNode, command: str, bars: ProgressBars, stop: asyncio.Event) -> bool:
+    """Start it and tell how others join with `command`; False where it was stopped before."""
+    _check_device(node.settings.device)
+    if not await unless_stopped(node.start(), stop):
+        return False
+    bars.stop()
+    assert node.discovery is not None
+    _print_invitation(node.discovery.addresses, command, bool(node.settings.initial_peers))
+    return True
 
 
 async def _leave(node: Node, timeout: float) -> None:
@@ -75,12 +82,8 @@ async def train(settings: TrainSettings, described: Run, command: str, stop: asy
     bars("starting", 0, 0)
     node = TrainNode(settings, described, identity_of(settings), bars)
     try:
-        _check_device(settings.device)
-        if not await unless_stopped(node.start(), stop):
+        if not await _start(node, command, bars, stop):
             return
-        bars.stop()
-        assert node.discovery is not None
-        _print_invitation(node.discovery.addresses, command, bool(settings.initial_peers))
         showing = asyncio.create_task(_show_training(node))
         try:
             if not await unless_stopped(node.ended(), stop):

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -365,12 +364,15 @@ class Node:
         for task in self._tasks:
             task.cancel()
         self.broken.cancel()
-        parts: list[Callable[[], Awaitable[None]]] = [self.rpc.close, self.executor.close]
-        if self.discovery is not None:
-            parts.append(self.discovery.close)
-        for outcome in await asyncio.gather(*(part() for part in parts), return_exceptions=True):
-            if isinstance(outcome, Exception):
-                log.warning("not closed cleanly error=%r", outcome)
+        await close_all(self.rpc, self.executor, self.discovery)
+
+
+async def close_all(*parts: Rpc | Executor | Discovery | None) -> None:
+    """Close them at the same time; one that fails keeps no other from it."""
+    closing = [part.close() for part in parts if part is not None]
+    for outcome in await asyncio.gather(*closing, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.warning("not closed cleanly error=%r", outcome)
 
 
 async def _keep_memory() -> None:

@@ -9,7 +9,6 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import swarm
 from peer.cache import Leases
 from peer.config import TrainSettings, parse_address
 from peer.executor import Executor
-from peer.node import addresses_of, start_discovery
+from peer.node import addresses_of, close_all, start_discovery
 from swarm.discovery import Discovery
 from swarm.errors import RemoteError, ShoalError, UsageError
 from swarm.files.checkpoint import Progress
@@ -248,12 +247,7 @@ class TrainNode:
         self.failed.cancel()
         if self.member is not None:
             await self.member.close()
-        parts: list[Callable[[], Awaitable[None]]] = [self.rpc.close, self.executor.close]
-        if self.discovery is not None:
-            parts.append(self.discovery.close)
-        for outcome in await asyncio.gather(*(part() for part in parts), return_exceptions=True):
-            if isinstance(outcome, Exception):
-                log.warning("not closed cleanly error=%r", outcome)
+        await close_all(self.rpc, self.executor, self.discovery)
 
     async def _choose(self) -> int:
         """The stage to hold: as told, else one that the fewest hold."""
