@@ -25,7 +25,7 @@ from transformers import (
 from swarm.errors import ModelCorrupt, UsageError
 from swarm.files.checkpoint import Checkpoint
 from swarm.model import StageModel, load_ends, load_stage
-from swarm.quantization.layers import Product, QuantizedLinear, linears, weight_bytes
+from swarm.quantization.layers import FixedLinear, Product, linears, weight_bytes
 from swarm.quantization.weights import GROUP, KINDS, Kind
 from swarm.types import Span
 
@@ -99,7 +99,7 @@ def test_a_quantized_stage_is_near_the_exact_one(family: str, kind: Kind, bound:
 def test_no_layer_of_a_block_is_left_in_full_precision(llama: Path) -> None:
     stage = load_stage(llama, SPAN, dtype=torch.float32, quantize="int8")
     assert not [module for module in stage.model.modules() if type(module) is nn.Linear]
-    assert len([module for module in stage.model.modules() if isinstance(module, QuantizedLinear)]) == 2 * 7
+    assert len([module for module in stage.model.modules() if isinstance(module, FixedLinear)]) == 2 * 7
 
 
 def test_the_memory_of_a_quantized_stage_is_told(llama: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_quantized_head_is_near_the_exact_one(kind: Kind, bound: float, llama:
     tokens = torch.arange(10).unsqueeze(0)
     for _ in range(2):  # the second comes from the disk
         ends = load_ends(llama, lambda states: states, dtype=torch.float32, quantize=kind)
-        assert isinstance(ends.lm_head, QuantizedLinear)
+        assert isinstance(ends.lm_head, FixedLinear)
         with torch.inference_mode():
             assert 0 < off(ends(tokens, use_cache=False).logits, exact(tokens, use_cache=False).logits) < bound
     assert [file.name for file in cached(own_cache_folder)] == ["block-00003.safetensors"]

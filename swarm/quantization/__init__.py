@@ -1,1 +1,1 @@
-"""Weights in few bits: rounded, multiplied by, put in a model's place, stored and loaded."""
+"""Weights in few bits, rounded, stored and loaded; and in all their bits, laid out for the processor."""

@@ -22,14 +22,16 @@ class Kernel(Protocol):
     """Multiplies rows [R, K] by a fixed matrix: returns [R, N]."""
 
     nbytes: int
+    dtype: torch.dtype  # of rows that it takes, if there is only one
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor: ...
 
 
-class _Shared:
+class Shared:
     """What never changes: copies of a stage's modules have it in common."""
 
     nbytes = 0
+    dtype = torch.float32
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
@@ -53,7 +55,7 @@ def _has_fbgemm() -> bool:
     return torch.backends.quantized.engine in ("x86", "fbgemm") and torch.cpu.get_capabilities().get("avx2", False)
 
 
-class FbgemmInt8(_Shared):
+class FbgemmInt8(Shared):
     """On x86: 8-bit integers on both sides, each row of the input with the scale and the zero point of its own range.
 
     A single row is FBGEMM's own dynamic product. That has one scale for all rows of a call, of which one with a large
@@ -96,7 +98,7 @@ class FbgemmInt8(_Shared):
         return product
 
 
-class CpuInt4(_Shared):
+class CpuInt4(Shared):
     """On CPUs: 4-bit weights, unpacked in registers; rows in bfloat16, sums in float32."""
 
     _ROWS = 512  # of the weight that are packed at once; the packing's own blocks of at most 64 fit into it
@@ -114,7 +116,7 @@ class CpuInt4(_Shared):
         return product
 
 
-class WeightOnlyInt8(_Shared):
+class WeightOnlyInt8(Shared):
     """On CUDA: 8-bit weights, widened in registers."""
 
     def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:
@@ -127,7 +129,7 @@ class WeightOnlyInt8(_Shared):
         return product
 
 
-class TiledInt4(_Shared):
+class TiledInt4(Shared):
     """On CUDA from Ampere on: 4-bit weights in the tiles of the tensor cores; rows in bfloat16."""
 
     _TILES = 8  # along K, 16 columns each, that a thread block takes at once
@@ -149,7 +151,7 @@ class TiledInt4(_Shared):
         return product
 
 
-class Plain(_Shared):
+class Plain(Shared):
     """Anywhere: the weight is widened for each product. Saves memory and no time."""
 
     def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:

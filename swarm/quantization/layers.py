@@ -1,16 +1,16 @@
-"""Layers whose weights are quantized, in the places of a model's own."""
+"""Layers whose weights are fixed, quantized or only laid out anew, in the places of a model's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from swarm.batching.tape import opaque
 from swarm.errors import UsageError
-from swarm.quantization.kernels import kernel_for
-from swarm.quantization.weights import QuantizedWeight, joined
+from swarm.quantization.kernels import Kernel
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers that are given the same input in most families: one product does for all of them."""
@@ -19,20 +19,36 @@ _ROUTERS = frozenset({"gate", "router"})
 """Tiny layers that choose among experts: a wrong choice costs more than their bytes."""
 
 
+class Matrix(Protocol):
+    """A layer's weight [N, K], in whatever form."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, K."""
+
+    @property
+    def kind(self) -> object:
+        """What matrices must have in common to be joined."""
+
+
+W = TypeVar("W", bound=Matrix)
+
+
 class Product(nn.Module):
     """Some layers' weights in one matrix, one below the other; what they give for one input is computed once.
 
     Attributes:
-        bias: of all of them, None where they have none.
+        kernel: multiplies by the matrix.
         sizes: how many rows of the matrix each has.
+        bias: of all of them, None where they have none.
     """
 
-    def __init__(self, weights: list[QuantizedWeight], bias: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(self, kernel: Kernel, sizes: list[int], bias: torch.Tensor | None, device: torch.device) -> None:
         super().__init__()
-        self.kernel = kernel_for(joined(weights), device)
+        self.kernel = kernel
+        self.sizes = sizes
         self.device = device
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.sizes = [weight.shape[0] for weight in weights]
         self._input: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -52,14 +68,14 @@ class Product(nn.Module):
     def all(self, inputs: torch.Tensor) -> torch.Tensor:
         """What all of them give, side by side. Raises `UsageError` where gradients are wanted."""
         if inputs.requires_grad and torch.is_grad_enabled():
-            raise UsageError("quantized weights have no gradients: train with --quantize none")
+            raise UsageError("the weights of a stage that serves have no gradients")
         output = self.kernel(inputs.reshape(-1, inputs.shape[-1])).to(inputs.dtype)
         if self.bias is not None:
             output = output + self.bias
         return output.view(*inputs.shape[:-1], -1)
 
 
-class QuantizedLinear(nn.Module):
+class FixedLinear(nn.Module):
     """In the place of an `nn.Linear`: one of the layers of a `Product`."""
 
     def __init__(self, product: Product, index: int, in_features: int) -> None:
@@ -77,7 +93,8 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[out_features, in_features], as it multiplies: slow, for the families that look at their weights."""
-        columns = self.product.kernel(torch.eye(self.in_features, device=self.product.device))
+        identity = torch.eye(self.in_features, dtype=self.product.kernel.dtype, device=self.product.device)
+        columns = self.product.kernel(identity)
         return torch.split(columns, self.product.sizes, dim=-1)[self.index].T.contiguous()
 
     @property
@@ -90,7 +107,7 @@ class QuantizedLinear(nn.Module):
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What the weights of a model take, quantized or not."""
+    """What the weights of a model take, fixed or not."""
     products = (module for module in model.modules() if isinstance(module, Product))
     return sum(weight.nbytes for weight in model.parameters()) + sum(product.kernel.nbytes for product in products)
 
@@ -113,18 +130,26 @@ def matrix(layer: nn.Module) -> torch.Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
 
 
-def install(block: nn.Module, weights: Mapping[str, QuantizedWeight], device: torch.device) -> None:
-    """Put quantized layers in the places of those of `weights`, by path; their biases stay."""
+def install(
+    block: nn.Module, weights: Mapping[str, W], kernel: Callable[[list[W]], Kernel], device: torch.device
+) -> None:
+    """Put fixed layers in the places of those of `weights`, by path; their biases stay.
+
+    Args:
+        kernel: multiplies by matrices of one kind, one below the other.
+    """
     for paths in _families(block, weights):
         biases = [bias for path in paths if (bias := _bias(block, path)) is not None]
-        product = Product([weights[path] for path in paths], torch.cat(biases) if biases else None, device)
+        sizes = [weights[path].shape[0] for path in paths]
+        matrix = kernel([weights[path] for path in paths])
+        product = Product(matrix, sizes, torch.cat(biases) if biases else None, device)
         for index, path in enumerate(paths):
             parent, _, name = path.rpartition(".")
-            layer = QuantizedLinear(product, index, weights[path].shape[1])
+            layer = FixedLinear(product, index, weights[path].shape[1])
             block.get_submodule(parent).register_module(name, layer)
 
 
-def _families(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[list[str]]:
+def _families(block: nn.Module, weights: Mapping[str, Matrix]) -> Iterator[list[str]]:
     """The paths of `weights`: siblings that can share a product together, the others alone."""
     done: set[str] = set()
     for path in weights:
@@ -138,7 +163,7 @@ def _families(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> Itera
         done.update(family)
 
 
-def _look(block: nn.Module, weights: Mapping[str, QuantizedWeight], path: str) -> tuple[object, ...] | None:
+def _look(block: nn.Module, weights: Mapping[str, Matrix], path: str) -> tuple[object, ...] | None:
     """What siblings must have in common; None where there is no such layer."""
     if (weight := weights.get(path)) is None:
         return None

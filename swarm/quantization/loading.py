@@ -13,9 +13,10 @@ from torch import nn
 from swarm.cutting.skeleton import Skeleton
 from swarm.errors import CannotCut
 from swarm.files.checkpoint import Checkpoint
-from swarm.quantization.layers import Product, QuantizedLinear, install, linears, matrix
+from swarm.quantization.kernels import kernel_for
+from swarm.quantization.layers import FixedLinear, Product, install, linears, matrix
 from swarm.quantization.store import QuantStore
-from swarm.quantization.weights import Kind, QuantizedWeight, quantize
+from swarm.quantization.weights import Kind, QuantizedWeight, joined, quantize
 from swarm.types import Span
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def load_quantized(
         checkpoint.unmap()
         if kept is None:
             store.write(index, weights)
-        install(block, weights, device)
+        install(block, weights, lambda family: kernel_for(joined(family), device), device)
         del kept, weights
         _return_memory()
     rest = [name for name, found in places.items() if not any(key.startswith(tuple(prefixes)) for key in found)]
@@ -82,8 +83,8 @@ def quantize_head(model: PreTrainedModel, store: QuantStore, index: int, device:
         weights = {_HEAD: quantize(head.weight, store.kind)}
         store.write(index, weights)
     bias = head.bias if isinstance(head.bias, torch.Tensor) else None
-    product = Product([weights[_HEAD]], bias, device)
-    layer = QuantizedLinear(product, 0, head.weight.shape[1])
+    product = Product(kernel_for(weights[_HEAD], device), [head.weight.shape[0]], bias, device)
+    layer = FixedLinear(product, 0, head.weight.shape[1])
     model.set_output_embeddings(layer)  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,97 @@
+"""Weights in all their bits, but laid out as the processor multiplies by them fastest.
+
+A product of few rows is the time in which the matrix is read. torch's own linear layer has the library below it
+re-arrange the whole matrix before each product of several rows; here that is done once, and the matrix as it was is
+given back. The sums are the same, in another order. Measured for the matrices of SmolLM2-135M, with one thread on an
+EPYC with AVX-512, in microseconds of processor time for 1 and 8 rows:
+
+| | `nn.Linear` | packed by oneDNN | transposed |
+| --- | --- | --- | --- |
+| float32, 3072 x 576 | 607, 955 | 564, 603 | 371, 771 |
+| float32, 960 x 576 | 186, 281 | 171, 181 | 135, 234 |
+| float32, 576 x 1536 | 216, 396 | 280, 300 | 294, 380 |
+| bfloat16, 3072 x 576 | 434, 568 | 277, 313 | 444, 564 |
+| bfloat16, 576 x 1536 | 184, 220 | 152, 161 | 222, 281 |
+
+So a float32 matrix with more outputs than inputs is kept transposed, and all others packed. With 128 rows either takes
+0.85 of `nn.Linear`'s time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from swarm.quantization.kernels import Kernel, Shared
+from swarm.quantization.layers import install, linears, matrix
+
+SMALLEST = 1 << 16  # weights of a matrix: what is smaller stays near the processor, and the call takes most of the time
+
+
+class Packed(Shared):
+    """A matrix [N, K] in an order of oneDNN's own."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.nbytes, self.dtype = weight.nbytes, weight.dtype
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return _product(rows, self._packed)
+
+
+class Transposed(Shared):
+    """A matrix [N, K] kept as [K, N]: a single row is the sum of its rows, which are read side by side."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.nbytes, self.dtype = weight.nbytes, weight.dtype
+        self._columns = weight.T.contiguous()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.mm(rows, self._columns) if len(rows) == 1 else _product(rows, self._columns.T)
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    return product
+
+
+class Plain:
+    """A weight [N, K] as it is, with what `install` asks of one."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.shape = weight.shape
+        self.kind = weight.dtype
+
+
+def pack(block: nn.Module) -> None:
+    """Lay out the weights of a block's linear layers anew, where that is faster: for blocks that serve on the CPU.
+
+    What stays as it is becomes a copy, as it would keep the file mapped from which it came.
+    """
+    layers = {path: layer for path, layer in linears(block).items() if _gains(matrix(layer))}
+    weights = {path: Plain(matrix(layer).detach()) for path, layer in layers.items()}
+    install(block, weights, _kernel, torch.device("cpu"))
+    for layer in layers.values():
+        layer.register_parameter("weight", None)  # whoever still holds the layer does not hold its memory
+    if layers:
+        for parameter in block.parameters():
+            parameter.data = parameter.data.clone()
+
+
+def _kernel(family: list[Plain]) -> Kernel:
+    joined = torch.cat([each.weight for each in family]) if len(family) > 1 else family[0].weight.contiguous()
+    rows, columns = joined.shape
+    return Transposed(joined) if joined.dtype == torch.float32 and rows > columns else Packed(joined)
+
+
+def _gains(weight: torch.Tensor) -> bool:
+    return weight.numel() >= SMALLEST and weight.device.type == "cpu" and weight.dtype in _dtypes()
+
+
+def _dtypes() -> list[torch.dtype]:
+    """What oneDNN multiplies here."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return []
+    bfloat16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [torch.float32, torch.bfloat16] if bfloat16 else [torch.float32]
