@@ -146,16 +146,19 @@ def available_memory(device: torch.device) -> int | None:
 def release_memory() -> None:
     """Give back what nobody refers to any more: Python's cycles, the device's pool, the allocator's free pages."""
     gc.unfreeze()  # a stage that was served was frozen with everything else
-    gc.collect()
+    keep_small()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    release_free_pages()
 
 
-def release_free_pages() -> None:
-    """Give back what the allocator holds and nobody uses. Short enough for in between; may be called in any thread.
+def keep_small() -> None:
+    """Give back what went since the last time. Short enough for in between; may be called in any thread.
 
-    glibc keeps what lies between pieces that stay. Each connection that comes and goes leaves a few kilobytes of that.
+    Python looks for cycles among its older objects when a quarter as many have come, and counts those of all that was
+    imported and loaded, frozen or not: a hundred thousand objects, and the tensors and buffers that they hold, would
+    wait for that. glibc keeps what lies between pieces that stay; each connection that comes and goes leaves a few
+    kilobytes of that.
     """
+    gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

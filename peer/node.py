@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 AROUND_SECONDS = 2.0  # to find our place among the others, before we say that we are online
 BEARINGS_SECONDS = 30.0  # between two calls for nothing but their round trip, at most
-RELEASE_SECONDS = 20.0  # between two times that free memory is given back
+RELEASE_SECONDS = 20.0  # between two times that memory which nobody uses is given back
 BANDWIDTH_PEERS = 3  # whose bandwidth is measured
 CHOICES = 3  # of a span, where others choose the same at the same moment
 
@@ -377,11 +377,11 @@ async def close_all(*parts: Rpc | Executor | Discovery | None) -> None:
 
 async def _keep_memory() -> None:
     """Stay as small as what is in use, whoever comes and goes."""
-    from peer.capacity import release_free_pages
+    from peer.capacity import keep_small
 
     while True:
         await asyncio.sleep(RELEASE_SECONDS)
-        await asyncio.to_thread(release_free_pages)
+        await asyncio.to_thread(keep_small)
 
 
 def _name_of(model: str) -> str:

@@ -19,6 +19,7 @@ SHORT = 16  # positions of a step that counts as a decode: one token, or a few t
 PIECE = 16  # positions: a piece of a long step has some multiple of it, but for the last
 PATIENCE = 0.5  # seconds that work may wait before it goes first
 TURN_SECONDS = 0.1  # that a turn is to take at most
+FORGET = 64  # clients for each session that waits, before those who are done are forgotten
 FIRST_BUDGET = 64  # tokens, before anything was measured
 BUDGETS = 16, 4096  # tokens, at least and at most
 
@@ -151,6 +152,13 @@ class Scheduler:
         if len(self._queues) == 0:
             self._given.clear()
             self._now_given = 0.0
+        elif len(self._given) > FORGET * len(self._queues):
+            self._forget_clients()
+
+    def _forget_clients(self) -> None:
+        """Those of whom nothing waits: where it is never quiet, more and more come and go."""
+        waiting = {work.client for queue in self._queues.values() for work in queue}
+        self._given = {client: tokens for client, tokens in self._given.items() if client in waiting}
 
     def _keep(self, session: Hashable, works: Iterable[Work]) -> None:
         queue = deque(works)

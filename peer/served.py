@@ -13,7 +13,7 @@ from peer.outlet import Failed, Outlet
 from peer.scheduler import Work
 from peer.stage import SessionState, StepInput
 from swarm import tensors, wire
-from swarm.errors import Forgotten, RemoteError, Unreachable
+from swarm.errors import Forgotten, RemoteError, UnknownSession, Unreachable
 from swarm.hops.history import History, Mark, Piece
 from swarm.links.frames import Buffer
 from swarm.rpc import Link, Rpc
@@ -68,6 +68,7 @@ class ServedSession:
         self._told: Spare | None = None  # what the next hop was until now, and told
         self._failed: Failed | None = None  # hears where what was passed on last may not have come
         self._feeding: asyncio.TimerHandle | None = None
+        self._closed = False
         self._answering = 0, 0  # epoch and number of the step that is answered
         self._answer: list[torch.Tensor] = []  # what the client wants of the step that is run in pieces
 
@@ -82,7 +83,10 @@ class ServedSession:
         return len(self.client) + (len(self.next) if self.next else 0) + len(self.returning)
 
     async def set_next(self, endpoint: wire.Endpoint | None) -> None:
-        """Who runs the following blocks from now on. Raises `Unreachable` or `WrongKey`."""
+        """Who runs the following blocks from now on.
+
+        Raises `Unreachable`, `WrongKey`, or `UnknownSession` where the session ended meanwhile.
+        """
         same = self.next is not None and endpoint == self.next.endpoint
         if self.next is not None and same and await self.next.answers(self.next.link.soon(ECHO_SECONDS)):
             return
@@ -93,6 +97,8 @@ class ServedSession:
             outlet, told = spare.outlet, spare
         elif endpoint is not None:
             outlet = await self.dial(endpoint, seconds)
+        if self._closed:
+            raise UnknownSession("the session ended while its next hop was dialled")
         if self.next is not None:
             self.next.close()
         self.next, self._told = outlet, told
@@ -231,11 +237,13 @@ class ServedSession:
 
     def close(self) -> None:
         """It is over."""
+        self._closed = True
         if self.next is not None:
             self.next.close()
         if self._feeding is not None:
             self._feeding.cancel()
         self._spares.clear()
+        self._failed = None  # which knows the session
 
     def __repr__(self) -> str:
         return f"<ServedSession {self.key.hex()[:8]} {self.state.model.span} at {self.state.length}>"

@@ -19,7 +19,7 @@ from peer.load import Load
 from peer.outlet import Failed
 from peer.scheduler import Slice, Work
 from peer.served import ServedSession, step_input, unheard
-from peer.stage import Stage, StepInput
+from peer.stage import SessionState, Stage, StepInput
 from swarm import wire
 from swarm.errors import (
     BadTensor,
@@ -145,7 +145,7 @@ class Server:
         try:
             await session.set_next(message.next)
         except (RemoteError, asyncio.CancelledError):
-            if session.state.number == 0:
+            if session.state.number == 0 and self._sessions.get(key) is session:
                 self._forget(key)
             raise
         if session.rounding is None:
@@ -162,14 +162,17 @@ class Server:
             raise WrongModel(f"the peer hosts blocks {self._stage.span}, not {message.start}:{message.end}")
         await self._admission.lease(key, self._leases.room(message.batch, message.max_length), message.wait)
         span = Span(message.start, message.end)
+        opened: list[SessionState] = []
         try:
-            state = await self._executor.run(
-                lambda: self._stage.open(span, message.batch, message.max_length, link.peer)
+            await self._executor.run(
+                lambda: opened.append(self._stage.open(span, message.batch, message.max_length, link.peer))
             )
-        except BaseException:
+        except BaseException:  # nobody wants it any more; that it is opened cannot be taken back
+            self._executor.submit(lambda: list(map(self._stage.close, opened)), _done)
             self._leases.release(key)
             self._admission.serve()
             raise
+        [state] = opened
         self._empty.clear()
         session = self._sessions[key] = ServedSession(self._rpc, key, link, state)
         log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.model.span)
@@ -419,7 +422,7 @@ def _was_given_up(work: Work) -> bool:
     return receipt.message.replay == 0
 
 
-def _done(_: None, error: BaseException | None) -> None:
+def _done(_: object, error: BaseException | None) -> None:
     if error is not None:
         log.error("a session's pages were not given back", exc_info=error)
 

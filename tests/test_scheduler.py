@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.scheduler import BUDGETS, FIRST_BUDGET, PATIENCE, PIECE, SHORT, Budget, Scheduler, Slice, Work
+from peer.scheduler import BUDGETS, FIRST_BUDGET, FORGET, PATIENCE, PIECE, SHORT, Budget, Scheduler, Slice, Work
 
 
 def work(session: int, count: int = 1, client: str = "a", arrived: float = 0.0, **more: object) -> Work:
@@ -174,3 +174,12 @@ def test_the_budget_follows_what_turns_take() -> None:
     for _ in range(50):
         budget.took(4096, 1e-3)
     assert budget.tokens == BUDGETS[1]
+
+
+def test_clients_that_are_done_are_forgotten_where_it_is_never_quiet() -> None:
+    waiting = scheduler(work(0, 1000, client="always there"))
+    for number in range(1, 500):
+        waiting.add(work(number, client=f"client {number}"))
+        waiting.turn(0.0, 2)
+    assert len(waiting._given) <= FORGET * 2 + 2
+    assert "always there" in waiting._given

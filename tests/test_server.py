@@ -17,6 +17,8 @@ from inprocess import save_llama
 
 from peer.cache import Leases
 from peer.executor import Executor
+from peer.outlet import Outlet
+from peer.served import ServedSession
 from peer.server import Server
 from peer.stage import Stage, StepInput
 from swarm import tensors, wire
@@ -346,6 +348,47 @@ async def test_a_hop_that_cannot_be_reached_is_named(swarm: Swarm) -> None:
         await client.open(peer, key(), end=2, next=nobody)
     assert caught.value.peer == nobody.peer
     assert (peer.server.sessions, peer.leases.used) == (0, 0)
+
+
+async def test_a_session_that_ends_while_its_next_hop_is_dialled_leaves_nothing_there(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, last, client, session = await swarm.peer("first"), await swarm.peer("last"), swarm.client(), key()
+    dialling, go_on, dial = asyncio.Event(), asyncio.Event(), ServedSession.dial
+
+    async def slowly(served: ServedSession, *arguments: Any) -> Outlet:
+        dialling.set()
+        await go_on.wait()
+        return await dial(served, *arguments)
+
+    monkeypatch.setattr(ServedSession, "dial", slowly)
+    opening = asyncio.create_task(client.open(peer, session, end=2, next=last.endpoint()))
+    await asyncio.wait_for(dialling.wait(), WAIT)
+    (await client.link(peer)).tell(wire.CloseSession(session))
+    await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)
+    go_on.set()
+    with pytest.raises(UnknownSession):
+        await opening
+    link = peer.rpc.link_to(last.rpc.peer)
+    assert link is not None
+    assert link._watchers == []
+    assert (peer.server.sessions, peer.leases.used) == (0, 0)
+
+
+async def test_a_session_that_is_given_up_while_it_is_opened_leaves_nothing_in_the_stage(swarm: Swarm) -> None:
+    peer, client, busy = await swarm.peer(), swarm.client(), threading.Event()
+    link = await client.link(peer)
+    peer.executor.submit(busy.wait, lambda *_: None)
+    opening = asyncio.create_task(client.open(peer, key()))
+    await link.call(wire.Echo(), timeout=WAIT)
+    assert len(peer.leases) == 1
+    opening.cancel()
+    await asyncio.wait({opening})
+    await link.call(wire.Echo(), timeout=WAIT)
+    busy.set()
+    await peer.executor.run(lambda: None)
+    assert len(peer.leases) == 0
+    assert peer.server._stage.pages._claims == {}
 
 
 async def test_a_draining_peer_takes_no_new_sessions(swarm: Swarm) -> None:

@@ -347,6 +347,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._fail(Unreachable(f"the connection was lost{f': {exc}' if exc else ''}", self.peer))
         if self._watch is not None:
             self._watch.cancel()
+        self._raw, self._receiver = memoryview(b""), None  # so that nothing of it has to wait for a search for cycles
         self._gone(self)
 
     def _fail(self, error: RemoteError) -> None:
