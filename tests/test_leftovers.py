@@ -25,7 +25,7 @@ from swarm.types import Span
 
 OURS = ("swarm", "peer", "virtualswarm")
 COUNTED = (torch.Tensor, memoryview, asyncio.Future, asyncio.Event, asyncio.Lock)  # and all that is ours
-CACHES = ("_prefixes", "_budget")  # what is kept on purpose, within bounds of its own
+CACHES = ("_prefixes", "_budget", "model")  # what is kept on purpose, within bounds of its own
 SPANS = [Span(0, 1), Span(1, 2), Span(0, 1), Span(1, 2)]
 CACHE_TOKENS = 320  # of a peer
 CLIENTS = 20  # in a wave
