@@ -18,6 +18,7 @@ from swarm.batching.ragged import Batch, Part
 from swarm.cutting.caches import SessionCache
 from swarm.errors import BadTensor, BeyondCache
 from swarm.model import StageModel, reorder, rollback
+from swarm.tensors import all_finite
 from swarm.types import Span
 
 PAGE = 16  # positions
@@ -294,7 +295,7 @@ class Stage:
         hidden = step.hidden
         if hidden.ndim != 3 or 0 in hidden.shape or hidden.shape[2] != self.model.hidden_size:
             raise BadTensor(f"hidden states of shape {list(hidden.shape)}; [B, N, {self.model.hidden_size}] are taken")
-        if not hidden.is_floating_point() or not torch.isfinite(hidden).all():
+        if not hidden.is_floating_point() or not all_finite(hidden):
             raise BadTensor("hidden states that are not finite numbers")
         rows, count = hidden.shape[:2]
         missed = step.position > 0 and not step.builds_on(state.number)

@@ -249,13 +249,14 @@ class Session:
         Who does is given time as long as nobody else could do it; then for much longer than a step should take.
         """
         loop, pace = asyncio.get_running_loop(), self._live.pace
-        patience, limit, began = pace.patience(tokens), pace.limit(tokens + replayed), loop.time()
+        patience, limit, began = pace.patience(tokens), 0.0, loop.time()
         while True:
             try:
                 async with asyncio.timeout(patience):
                     return await asyncio.shield(waiting.future)
             except TimeoutError:
                 at_it = await self._live.probe(lambda: not waiting.future.done())
+            limit = limit or pace.limit(tokens + replayed)
             if at_it and loop.time() - began > limit:
                 if await self._live.can_relieve(at_it):
                     raise DeadlineExceeded(f"{at_it[-6:]} has worked on a step for too long", at_it)
@@ -331,13 +332,13 @@ def _check(hidden: torch.Tensor) -> None:
     """Raise `UsageError` where every hop would refuse it: none of them is to be blamed for that."""
     if hidden.ndim != 3 or 0 in hidden.shape or not hidden.is_floating_point():
         raise UsageError(f"{hidden.dtype} of shape {list(hidden.shape)} are no hidden states [B, N, H]")
-    if not torch.isfinite(hidden).all():
+    if not tensors.all_finite(hidden):
         raise UsageError("hidden states that are not finite numbers")
 
 
 def _checked(output: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     if output.ndim != 3 or tuple(output.shape[:2]) != shape or not output.is_floating_point():
         raise BadTensor(f"an answer of shape {list(output.shape)}, where {list(shape)} and hidden states belong")
-    if not torch.isfinite(output).all():
+    if not tensors.all_finite(output):
         raise BadTensor("an answer with values that are not finite numbers")
     return output

@@ -7,6 +7,7 @@ itself, so what is sent again, with others or alone, is the same again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,14 @@ def spec_of(tensor: torch.Tensor, rounding: Rounding = "float32") -> TensorSpec:
     elif rounding == "bfloat16" and tensor.dtype == torch.float32:
         name = rounding
     return TensorSpec(name, list(tensor.shape))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite numbers.
+
+    A value that is not finite makes the sum so, whatever is added to it; looking at each is for sums that overflowed.
+    """
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:

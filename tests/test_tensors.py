@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm import tensors, wire
@@ -180,3 +180,14 @@ def test_a_single_value_is_no_block() -> None:
 
 def test_a_block_of_nothing_is_nothing() -> None:
     assert sent(torch.ones(1, 0, 64), "int8").shape == (1, 0, 64)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=40),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@example([3e38, 3e38], torch.float32)  # finite, and their sum is not
+@example([float("inf"), float("-inf")], torch.float32)
+def test_all_finite_is_what_torch_says_of_each_value(values: list[float], dtype: torch.dtype) -> None:
+    given_values = torch.tensor(values).to(dtype)
+    assert tensors.all_finite(given_values) == bool(torch.isfinite(given_values).all())
