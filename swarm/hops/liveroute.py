@@ -14,11 +14,12 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from swarm import wire
-from swarm.errors import DeadlineExceeded, Forgotten, NoRoute, RemoteError
+from swarm.errors import Forgotten, NoRoute, RemoteError
 from swarm.hops.blame import Blame
 from swarm.hops.history import History, Mark, Piece
 from swarm.hops.pace import Pace
 from swarm.hops.place import Place, step_header
+from swarm.hops.probing import probe
 from swarm.hops.rounding import choose
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, ModelId, PeerId, Route, SessionId, Span
@@ -30,7 +31,6 @@ OPEN_SECONDS = 10.0  # for a hop to grant a lease, before the first step
 FAILOVER_SECONDS = 4.0  # the same, in the middle of an answer
 REOPEN_SECONDS = 1.0  # for a hop to say how far it is, where nothing else is asked of it
 REPLAY_SECONDS = 2.0  # for a hop to begin a replay, beside what it may have to run before
-PROBE_SECONDS = 0.5  # for a hop to say that it lives
 REPLAY_POSITIONS = 256  # of a replayed step, at most
 
 
@@ -353,29 +353,8 @@ class LiveRoute:
     # --- living and ending -----------------------------------------------------------------------------------------
 
     async def probe(self, waiting: Callable[[], bool]) -> str:
-        """Ask all hops who works on the step, as long as somebody is `waiting` for it: the peer that does.
-
-        Raises `DeadlineExceeded` for the first hop that does not answer, or to which the step never came.
-        """
-        for look in range(2):  # in the first, it may be on its way between two hops
-            answers = await asyncio.gather(*(self._ask(place) for place in self.places), return_exceptions=True)
-            if not waiting():
-                return ""
-            alive = [answer for answer in answers if isinstance(answer, wire.Alive)]
-            silent = [place for place, answer in zip(self.places, answers, strict=True) if answer not in alive]
-            if silent:
-                for place in silent:
-                    place.failed = True
-                raise DeadlineExceeded(f"no answer from {silent[0].hop}", silent[0].peer)
-            at_it = [p.peer for p, a in zip(self.places, alive, strict=True) if a.epoch == self.epoch and a.waiting]
-            if at_it:
-                return at_it[0]
-            if look == 0:
-                await asyncio.sleep(PROBE_SECONDS / 2)
-        raise self._lost_on_its_way([answer.epoch == self.epoch for answer in alive])
-
-    async def _ask(self, place: Place) -> wire.Alive:
-        return await place.ask(self.key, place.soon(PROBE_SECONDS))
+        """Which peer works on the step, as long as somebody is `waiting` for it. Raises as `swarm.hops.probing`."""
+        return await probe(self.places, self.key, self.epoch, waiting)
 
     async def can_relieve(self, peer: str) -> bool:
         """Whether others, who have not failed of late, could take the place of a peer that is very slow."""
@@ -388,14 +367,6 @@ class LiveRoute:
         except NoRoute:
             return False
         return True
-
-    def _lost_on_its_way(self, came: Sequence[bool]) -> DeadlineExceeded:
-        """All live, and nobody works on the step: it was lost behind the last hop that it came to."""
-        last = max((index for index, here in enumerate(came) if here), default=-1)
-        receiver = self.places[min(last + 1, len(self.places) - 1)].peer
-        error = DeadlineExceeded(f"the step was lost on its way to {receiver[-6:]}", receiver)
-        error.teller = self.places[last].peer if last >= 0 else ""
-        return error
 
     async def _keep_alive(self) -> None:
         """Say that we are still here, well before the lease ends. Who denies it is found out by the next step."""

@@ -13,8 +13,9 @@ import math
 from swarm import wire
 from swarm.errors import NoRoute, RemoteError
 from swarm.hops.history import History, Mark
-from swarm.hops.liveroute import PROBE_SECONDS, REPLAY_POSITIONS, LiveRoute
+from swarm.hops.liveroute import REPLAY_POSITIONS, LiveRoute
 from swarm.hops.place import Place
+from swarm.hops.probing import PROBE_SECONDS
 from swarm.types import Hop, PeerId
 
 log = logging.getLogger(__name__)
