@@ -57,6 +57,11 @@ class Pool:
         keys, values = self._layers[layer]
         return _taken(keys, runs, dtype), _taken(values, runs, dtype)
 
+    def stores(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, heads, slots, width] of all slots of a block, as they are kept."""
+        keys, values = self._layers[layer]
+        return keys.unsqueeze(0), values.unsqueeze(0)
+
     def gather(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, N, width] of these slots, [N] of int64: copied."""
         keys, values = self._layers[layer]

@@ -23,6 +23,7 @@ from transformers import cache_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swarm.batching import singles
 from swarm.batching.padded import Padded, Wanted
 from swarm.batching.pool import Pool, Run
 from swarm.batching.tape import opaque
@@ -142,6 +143,7 @@ class Sight:
         self._views: list[_View] = []
         self._padded: Padded | None = None
         self._alone: list[int] = []
+        self._singles: list[Sequence[Run]] | None = None
 
     def views(self, batch: Batch) -> list[_View]:
         """One for each part of `batch`."""
@@ -158,6 +160,11 @@ class Sight:
         self._know(batch)
         return self._alone
 
+    def singles(self, batch: Batch) -> list[Sequence[Run]] | None:
+        """The slots that each part sees, where all are single tokens that see all of theirs; else None."""
+        self._know(batch)
+        return self._singles
+
     def _know(self, batch: Batch) -> None:
         if self._batch is batch:
             return
@@ -167,6 +174,9 @@ class Sight:
         wanted = [Wanted(batch.bounds[each], self._views[each].runs, self._views[each].whole()) for each in short]
         self._padded = Padded(wanted, batch.pool.device) if wanted else None
         self._alone = [index for index in range(len(batch.parts)) if index not in short]
+        plain = batch.pool.device.type == "cpu" and not wanted and batch.tokens == len(batch.parts)
+        plain = plain and all(view.mask is None for view in self._views)
+        self._singles = [view.runs for view in self._views] if plain else None
 
 
 def _view(rule: Rule, part: Part) -> _View:
@@ -252,6 +262,8 @@ def attend(
     layer = cast(int, module.layer_idx) + batch.first
     batch.pool.write(layer, batch.where, key, value)
     inner = _inner(module, batch.inner, extras)
+    if inner is None and (seen := attention_mask.singles(batch)) is not None:
+        return singles.attend(query, *batch.pool.stores(layer), seen, scaling), None
     if (padded := attention_mask.together(batch)) is not None:
         output = query.new_empty(1, batch.tokens, query.shape[1], value.shape[3])
         own = None if inner is None else partial(_own, inner, module, scaling, extras)
