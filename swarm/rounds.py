@@ -26,9 +26,11 @@ cannot decide differently; a member that missed one notices, and fetches its sta
 from __future__ import annotations
 
 import enum
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Iterable
 
-from swarm.agreement.assignments import Assignments, Plan, from_bits
+from swarm.agreement.assignments import Assignments, Plan
+from swarm.agreement.census import Census
 from swarm.agreement.judgement import Verdict, accused, differing, doubly_counted, judge
 from swarm.agreement.messages import (
     Agree,
@@ -44,7 +46,7 @@ from swarm.agreement.messages import (
     Take,
     Work,
 )
-from swarm.agreement.roster import first, is_quorum, members, seats_of, stages, voters
+from swarm.agreement.roster import first, is_quorum, members, seats_of, voters
 from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 from swarm.wire import Message
@@ -56,6 +58,7 @@ LONGEST_ATTEMPT = 60.0  # seconds; members notice earlier that nothing moves, th
 SECOND_OPINION = 0.3  # seconds between the first word that an attempt failed and the verdict who is to blame
 SILENT = "is silent"
 STRIKES = 2  # failed attempts before somebody who is alive is out for it
+DOUBLES = 2  # sums of a member that have to be forgotten because of others' before it is out
 
 
 class Phase(enum.IntEnum):
@@ -75,6 +78,7 @@ class Coordinator:
         attempt: the highest number of an attempt that it knows of.
         decision: what an earlier coordinator may have had accepted, and has to be proposed again.
         avoidance: who sent what cannot be right, in this round or an earlier one.
+        lent: which micro-batches were lent before this round began; None where that is not known.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Coordinator:
         attempt: int = 0,
         decision: Decision | None = None,
         avoidance: Avoidance | None = None,
+        lent: Iterable[int] | None = (),
     ) -> None:
         self.plan = plan
         self.me = me
@@ -95,22 +100,19 @@ class Coordinator:
         self.term = term
         self.phase = Phase.COLLECT
         self.attempt = attempt
-        self.assignments = Assignments(plan)
-        self.ahead = Assignments(plan)  # of the next round
-        self.out: dict[PeerId, str] = {}  # members that are not in this round any more, and why
+        self.assignments = Assignments(plan, lent)
+        self.ahead = Assignments(plan, None if term else ())  # of the next round
+        self.census = Census(plan, previous.roster, self.assignments, self.ahead)
         self.avoidance = avoidance or Avoidance()
         self.differing: set[PeerId] = set()  # those of them whose parameters are not their replicas'
         self.chosen: Decision | None = None
         self.deposed = False
         self.outbox: list[tuple[PeerId, Message]] = []
-        self._order = members(previous.roster)
-        self._stages = stages(previous.roster)
         self._trainers = {PeerId(peer) for peer in previous.roster.trainers}
         self._joins: dict[PeerId, Join] = {}
-        self._statuses: dict[PeerId, Status] = {}
         self._takes: dict[PeerId, Take] = {}
-        self._heard = dict.fromkeys([*self._order, *self._trainers], now)
-        self._void: dict[PeerId, int] = {}  # the number of the last sum that each is to forget
+        self._heard = dict.fromkeys([*self.census.order, *self._trainers], now)
+        self._doubles: Counter[PeerId] = Counter()  # how often each one's sum had to be forgotten
         self._shares: list[Share] = []
         self._strikes = 0
         self._failed_at: float | None = None  # when the first word of it came
@@ -143,15 +145,18 @@ class Coordinator:
         self.tick(now)
 
     def _hear_status(self, sender: PeerId, status: Status, now: float) -> None:
-        before = self._statuses.get(sender)
+        before = self.census.statuses.get(sender)
         if before is not None and status.number <= before.number:
             return
-        self._statuses[sender] = status
+        self.census.statuses[sender] = status
+        if self.census.false_claims(status) and self._drop(sender, "claims micro-batches that nobody was lent"):
+            self.avoidance.failed(sender, now)
+            return
         avoided = self.avoidance.avoided(now) | self.differing
-        forgiven = sender in self.out and sender not in avoided
+        forgiven = sender in self.census.out and sender not in avoided
         if forgiven and status.ready and self.phase is Phase.COLLECT:
-            del self.out[sender]  # it is back; what it held is lent to others by now
-            self._void[sender] = status.sums
+            del self.census.out[sender]  # it is back; what it held is lent to others by now
+            self.census.void[sender] = status.sums
 
     def _hear_take(self, sender: PeerId, take: Take, now: float) -> None:
         before = self._takes.get(sender)
@@ -163,16 +168,19 @@ class Coordinator:
         self.ahead.hear(sender, take.ahead_seen, take.ahead, now)
         want = take.want if self._gathered(now) else 0
         wanted = want if self.phase is Phase.COLLECT else 0
-        lent = self.assignments.take(sender, wanted, self._holders(), now)
+        lent = self.assignments.take(sender, wanted, self.census.holders(), now)
         more = want - len(lent) if self.plan.is_ahead(self.round + 1, self.round) else 0
-        ahead = self.ahead.take(sender, more, self._holders(ahead=True), now)
+        ahead = self.ahead.take(sender, more, self.census.holders(ahead=True), now)
         self._send(sender, Work(self.previous.roster.line, self.round, lent, ahead))
 
     def _gathered(self, now: float) -> bool:
         """Whether it is known what is counted and lent: who does not coordinate from the beginning has to ask first."""
         if (self.term == 0 and not self.plan.overlap) or now - self._begun > 2 * BEAT:
             return True
-        return self.term == 0 and {*self._living(), *self._trainers} <= self._statuses.keys() | self._takes.keys()
+        return (
+            self.term == 0
+            and {*self.census.living(), *self._trainers} <= self.census.statuses.keys() | self._takes.keys()
+        )
 
     # --- the round's life --------------------------------------------------------------------------------------------
 
@@ -181,7 +189,7 @@ class Coordinator:
         if self.deposed or self.chosen is not None:
             return
         self._notice_silence(now)
-        self.ahead.count(self._complete(ahead=True), now)
+        self.ahead.count(self.census.complete(ahead=True), now)
         if self.phase is Phase.COLLECT:
             self._collect(now)
         if self.phase is Phase.CLOSE:
@@ -195,31 +203,41 @@ class Coordinator:
 
     def _collect(self, now: float) -> None:
         self._heal_differing()
-        complete = self._complete()
+        complete = self.census.complete()
         self.assignments.count(complete, now)
-        known = all(self._is_known(peer) for peer in self._living())
+        known = all(self.census.is_known(peer) for peer in self.census.living())
         if len(complete) == self.plan.count and known:
             self.attempt += 1
             self._enter(Phase.CLOSE, now)
 
     def _close(self, now: float) -> None:
-        if any(not self._is_ready(peer) or self._statuses[peer].closed != self.attempt for peer in self._living()):
+        if any(
+            not self.census.is_ready(peer) or self.census.statuses[peer].closed != self.attempt
+            for peer in self.census.living()
+        ):
             return
         for stage in range(self.plan.stages):
-            counted = {peer: self._counted(peer) for peer in self._living(stage)}
-            for peer in doubly_counted(counted, self._order):
-                self._void[peer] = self._statuses[peer].sums
-        if len(self._complete()) < self.plan.count:
+            counted = {peer: self.census.counted(peer) for peer in self.census.living(stage)}
+            for peer in doubly_counted(counted, self.census.order):
+                self._void(peer, now)
+        if len(self.census.complete()) < self.plan.count:
             self._enter(Phase.COLLECT, now)
             return
-        self._shares = [self._share(peer) for peer in self._living()]
+        self._shares = [self.census.share(peer) for peer in self.census.living()]
         self._enter(Phase.AVERAGE, now)
 
+    def _void(self, peer: PeerId, now: float) -> None:
+        """Another has counted some of what a member has; who comes with it again and again has not."""
+        self.census.void[peer] = self.census.statuses[peer].sums
+        self._doubles[peer] += 1
+        if self._doubles[peer] >= DOUBLES and self._drop(peer, "claims what its replicas have counted"):
+            self.avoidance.failed(peer, now)
+
     def _average(self, now: float) -> None:
-        if any(share.peer in self.out for share in self._shares):
+        if any(share.peer in self.census.out for share in self._shares):
             self._discard(now)
             return
-        reports = self._reports()
+        reports = self.census.reports(self._shares, self.term, self.attempt)
         if unsound := {PeerId(peer): why for report in reports.values() for peer, why in report.unsound}:
             self._blame(unsound, now)
             return
@@ -286,7 +304,7 @@ class Coordinator:
 
     def _strike(self, reports: dict[PeerId, Report], now: float) -> None:
         self._strikes += 1
-        peer = accused(reports, self._order)
+        peer = accused(reports, self.census.order)
         if peer is not None and self._strikes >= STRIKES:
             self._drop(peer, "was late or lost in the middle of averaging")
             self._strikes = 0
@@ -318,14 +336,14 @@ class Coordinator:
             if peer != self.me and now - heard > SILENCE:
                 self._lose(peer)
         if now - self._begun > UNREADY and self.phase is Phase.COLLECT:
-            for peer in self._living():
-                if not self._is_known(peer) and peer != self.me:
+            for peer in self.census.living():
+                if not self.census.is_known(peer) and peer != self.me:
                     self._drop(peer, "did not come to this round")
 
     def _lose(self, peer: PeerId) -> None:
         del self._heard[peer]
         self._joins.pop(peer, None)
-        if peer in self._stages:
+        if peer in self.census.stages:
             self._drop(peer, SILENT)
         elif peer in self._trainers:
             self._trainers.discard(peer)
@@ -333,33 +351,22 @@ class Coordinator:
 
     def _drop(self, peer: PeerId, why: str) -> bool:
         """Go on without a member, unless it is the last of its stage that can be heard; whether it is out now."""
-        if why != SILENT and self._living(self._stages[peer]) == [peer]:
+        if why != SILENT and self.census.living(self.census.stages[peer]) == [peer]:
             return False
-        self.out.setdefault(peer, why)
+        self.census.out.setdefault(peer, why)
         return True
 
     def _heal_differing(self) -> None:
         for stage in range(self.plan.stages):
-            if not all(self._is_known(peer) for peer in self._living(stage)):
+            if not all(self.census.is_known(peer) for peer in self.census.living(stage)):
                 continue  # of a part of them, the wrong ones may be most
-            digests = {peer: self._statuses[peer].digest for peer in self._living(stage)}
-            for peer in differing(digests, self._order):
+            digests = {peer: self.census.statuses[peer].digest for peer in self.census.living(stage)}
+            for peer in differing(digests, self.census.order):
                 self._drop(peer, "holds other parameters than its replicas")
                 self.differing.add(peer)
 
-    def _living(self, stage: int | None = None) -> list[PeerId]:
-        return [peer for peer in self._order if peer not in self.out and stage in (None, self._stages[peer])]
-
-    def _is_ready(self, peer: PeerId) -> bool:
-        status = self._statuses.get(peer)
-        return status is not None and status.ready
-
-    def _is_known(self, peer: PeerId) -> bool:
-        """Whether it is ready, and has said which state it holds."""
-        return self._is_ready(peer) and self._statuses[peer].digest != b""
-
     def _next_roster(self, now: float) -> Roster:
-        living, avoided = set(self._living()), self.avoidance.avoided(now)
+        living, avoided = set(self.census.living()), self.avoidance.avoided(now)
         seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
         for peer, join in self._joins.items():
             if peer not in living and peer not in avoided and self._may_enter(join):
@@ -371,42 +378,10 @@ class Coordinator:
         """Whether a newcomer holds what the replicas of its stage hold."""
         if join.stage is None or join.endpoint is None or join.round != self.round or join.stage >= self.plan.stages:
             return False
-        held = {self._statuses[peer].digest for peer in self._living(join.stage) if self._is_ready(peer)}
+        held = {
+            self.census.statuses[peer].digest for peer in self.census.living(join.stage) if self.census.is_ready(peer)
+        }
         return not (held - {b""}) or join.digest in held
-
-    # --- what is counted ---------------------------------------------------------------------------------------------
-
-    def _counted(self, peer: PeerId, ahead: bool = False) -> frozenset[int]:
-        status = self._statuses.get(peer)
-        if status is None or peer in self.out:
-            return frozenset()
-        if ahead:
-            return from_bits(status.ahead)
-        return from_bits(status.counted) if status.sums > self._void.get(peer, -1) else frozenset()
-
-    def _complete(self, ahead: bool = False) -> frozenset[int]:
-        """Micro-batches that are in a sum of every stage."""
-        complete = frozenset(range(self.plan.count))
-        for stage in range(self.plan.stages):
-            complete &= frozenset[int]().union(*(self._counted(peer, ahead) for peer in self._living(stage)))
-        return complete
-
-    def _holders(self, ahead: bool = False) -> dict[int, list[str]]:
-        holders: dict[int, list[str]] = defaultdict(list)
-        for peer in self._living():
-            for index in self._counted(peer, ahead):
-                holders[index].append(peer)
-        return holders
-
-    def _share(self, peer: PeerId) -> Share:
-        samples = self.plan.samples_of(self._counted(peer))
-        return Share(peer, self._stages[peer], samples, self._statuses[peer].bandwidth)
-
-    def _reports(self) -> dict[PeerId, Report]:
-        """What the members of this attempt have reported of it."""
-        found = {PeerId(s.peer): self._statuses[PeerId(s.peer)].report for s in self._shares}
-        mine = (self.term, self.attempt)
-        return {peer: report for peer, report in found.items() if report and (report.term, report.attempt) == mine}
 
     # --- what goes out -----------------------------------------------------------------------------------------------
 
@@ -419,16 +394,16 @@ class Coordinator:
             phase=int(self.phase),
             attempt=self.attempt,
             shares=self._shares if self.phase is Phase.AVERAGE else [],
-            void=sorted(self._void.items()),
+            void=sorted(self.census.void.items()),
             previous=self.previous,
             counted=self.plan.samples_of(self.assignments.complete),
-            out=sorted(self.out),
+            out=sorted(self.census.out),
         )
 
     def _order_all(self, now: float) -> None:
         self._told = now
         order = self.order()
-        for peer in sorted({*self._heard, *self._order}):
+        for peer in sorted({*self._heard, *self.census.order}):
             self._send(peer, order)
         if self.phase is Phase.DECIDE and self._decision is not None:
             proposal = Propose(order.line, self.round, self.term, self._decision)
@@ -441,4 +416,6 @@ class Coordinator:
 
     def __repr__(self) -> str:
         phase = f"{self.phase.name} attempt={self.attempt}"
-        return f"<Coordinator round={self.round} term={self.term} {phase} {self.assignments!r} out={len(self.out)}>"
+        return (
+            f"<Coordinator round={self.round} term={self.term} {phase} {self.assignments!r} out={len(self.census.out)}>"
+        )

@@ -99,6 +99,14 @@ def test_what_is_slow_is_lent_to_another_too() -> None:
     assert lent(assignments, B, 4, LEAST_SECONDS + 0.1) == [0, 1, 2, 3]
 
 
+def test_what_was_never_lent_or_is_not_there_cannot_be_counted() -> None:
+    assignments = Assignments(PLAN)
+    assignments.take(A, 2, {}, 0.0)
+    assert assignments.unlent({0, 1, 2, 9}) == {2, 9}
+    assert Assignments(PLAN, lent=None).unlent({0, 3, 9}) == {9}  # who came later cannot know
+    assert Assignments(PLAN, lent={3}).unlent({0, 3}) == {0}
+
+
 def test_what_is_counted_everywhere_is_lent_no_more() -> None:
     assignments = Assignments(PLAN)
     assignments.count(frozenset({0, 2}), 0.0)
@@ -150,8 +158,10 @@ def test_of_mutual_accusations_the_most_voices_count() -> None:
     assert accused({}, ORDER) is None
 
 
-def test_the_largest_sums_stay_when_micro_batches_are_in_two() -> None:
-    assert doubly_counted({A: {1}, B: {1, 2, 3}, C: {4}}, ORDER) == {A}
+def test_of_those_who_have_the_same_micro_batches_who_claims_most_is_believed_least() -> None:
+    assert doubly_counted({A: {1}, B: {1, 2, 3}, C: {4}}, ORDER) == {B}
+    assert doubly_counted({A: {1, 2, 3, 4}, B: {1, 5}, C: {2, 5, 6, 7, 8}}, ORDER) == {C, A}
+    assert doubly_counted({A: {1, 2}, B: {3, 4}, C: {1, 3}}, ORDER) == {C}
     assert doubly_counted({A: {1}, B: {2}}, ORDER) == set()
 
 

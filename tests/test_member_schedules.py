@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 
 import pytest
+from msgspec import structs
 from virtualcrew import VirtualCrew, in_virtual_time, play
 
+from swarm.agreement.assignments import Plan, to_bits
+from swarm.agreement.member import Average, Effect, Member
+from swarm.agreement.messages import Chosen, Decision, Order, Roster, Seat, Share, Status
 from swarm.rounds import Phase
+from swarm.types import PeerId
+from swarm.wire import Endpoint
 
 
 @pytest.mark.parametrize("seed", range(18))
@@ -27,6 +34,104 @@ def test_two_hundred_schedules(fifty: int) -> None:
 def test_one_of_two_left_without_its_trainer_begins_anew_and_counts_nothing_twice(seed: int) -> None:
     """It is no majority of those who were there, and has counted some of the round."""
     play(seed, [("kill", 2, Phase.AVERAGE), ("kill_a_trainer", 2, Phase.DECIDE)])
+
+
+def everything(crew: VirtualCrew) -> Iterable[int]:
+    return range(crew.plan.count)
+
+
+def what_there_is_not(crew: VirtualCrew) -> Iterable[int]:
+    return [0, 16_000]
+
+
+def what_the_others_have(crew: VirtualCrew) -> Iterable[int]:
+    """The most plausible lie."""
+    return set().union(*(member.attendance.participant.counted_indices for member in crew.members.values()))
+
+
+@pytest.mark.parametrize(
+    ("claim", "why"),
+    [
+        (everything, "claims micro-batches that nobody was lent"),
+        (what_there_is_not, "claims micro-batches that nobody was lent"),
+        (what_the_others_have, "claims what its replicas have counted"),
+    ],
+)
+def test_who_claims_what_it_was_not_lent_is_left_out_and_nothing_is_missing(
+    claim: Callable[[VirtualCrew], Iterable[int]], why: str
+) -> None:
+    """Of three replicas, the last lies; the others' parameters are those of one process that ran every sample once."""
+
+    async def main() -> set[str]:
+        crew, told = VirtualCrew(1, samples=24), set[str]()
+        *others, liar = [await crew.join(0) for _ in range(3)]
+        crew.new_trainer()
+        machine = liar.attendance.participant
+        honest = machine.status
+
+        def lie() -> Status:
+            status = honest()
+            return structs.replace(status, counted=to_bits(claim(crew))) if crew.outcomes else status
+
+        machine.status = lie  # type: ignore[method-assign]
+
+        def over() -> bool:
+            for member in others:
+                coordinator = member.attendance.participant.coordinator
+                told.update(coordinator.census.out.values() if coordinator is not None else ())
+            return min(member.replica.round for member in others) >= 6
+
+        try:
+            assert await crew.until(over, 120.0)
+        finally:
+            await crew.close()
+        return told
+
+    assert why in in_virtual_time(1, main())
+
+
+def test_a_gradient_of_a_thousand_million_times_its_weight_is_left_out() -> None:
+    """A weight is nothing that a member says; to have more of one, it would have to send more."""
+
+    async def main() -> set[str]:
+        crew, told = VirtualCrew(1, samples=24), set[str]()
+        *_, liar = [await crew.join(0) for _ in range(3)]
+        crew.new_trainer()
+        liar.replica.spoil = lambda values: 1e9 * values
+
+        def over() -> bool:
+            coordinator = crew.coordinator
+            told.update(coordinator.census.out.values() if coordinator is not None else ())
+            return crew.outcomes.get(5) == "commit"
+
+        try:
+            assert await crew.until(over, 120.0)
+        finally:
+            await crew.close()
+        return told
+
+    [why] = in_virtual_time(1, main())
+    assert "sent a gradient of norm" in why
+
+
+def test_an_attempt_whose_weights_are_more_than_a_round_has_is_not_made() -> None:
+    plan = Plan(b"r" * 16, 1, samples=8, micro_batch=2)
+    endpoint = Endpoint("m", [("127.0.0.1", 1)])
+    member = Member(plan, 0, endpoint, b"l" * 16, 0.0)
+    roster = Roster(plan.run, b"l" * 16, "c", [Seat(0, endpoint), Seat(0, Endpoint("c", []))], [])
+    begun = Decision(-1, 0, 0, "begin", 1.0, 0.0, [], roster)
+    member.receive(PeerId("c"), Chosen(begun), 0.0)
+    member.holds(0, b"d", 0.0)
+
+    def averaging(*samples: int) -> list[Effect]:
+        shares = [Share(peer, 0, each, 0.0) for peer, each in zip("mc", samples, strict=True)]
+        member.effects.clear()
+        order = Order(roster.line, 0, 0, 2, member.order.attempt + 1 if member.order else 1, shares, [], begun)
+        member.receive(PeerId("c"), order, 0.0)
+        return [effect for effect in member.effects if isinstance(effect, Average)]
+
+    assert averaging(2, 1_000_000_000) == averaging(8, 2) == averaging(2, 2) == []
+    assert len(averaging(2, 6)) == 1
 
 
 def rounds_within(seconds: float, overlap: bool) -> int:

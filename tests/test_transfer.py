@@ -63,7 +63,7 @@ async def test_every_step_after_it_comes_in_order_also_those_that_were_made_mean
         assert giving.followed
         await giving.stepped(decision(3), {"stage-0": LARGE, "tied": torch.ones(5)})
         await giving.stepped(decision(4, "skip"), {})
-        steps = fetched.steps()
+        steps = fetched.steps(lambda round_: False)
         first, second = await anext(steps), await anext(steps)
         assert first.decision.factor == 0.5
         assert torch.equal(first.mean["stage-0"], LARGE)
@@ -100,7 +100,7 @@ async def test_a_newcomer_that_is_too_slow_is_told_so_and_costs_no_more_memory()
             await giving.stepped(decision(round_), {"stage-0": LARGE})
         assert not giving.followed
         with pytest.raises(Forgotten):
-            await anext(fetched.steps())
+            await anext(fetched.steps(lambda round_: False))
 
 
 async def test_who_is_through_is_forgotten() -> None:

@@ -116,7 +116,7 @@ class MemberAttendance(Attendance):
     def _say_who_is_out(self) -> None:
         """A coordinator tells whoever runs it whom the round goes on without, and why."""
         coordinator = self.participant.coordinator
-        out = dict(coordinator.out) if coordinator is not None else {}
+        out = dict(coordinator.census.out) if coordinator is not None else {}
         for peer, why in out.items():
             if peer not in self._told_out:
                 log.warning("round=%d goes on without peer=%s, which %s", self.round, peer[-6:], why)
@@ -248,7 +248,7 @@ class MemberAttendance(Attendance):
         fetched = await Fetched.open(link, roster.line)
         try:
             await self._load(fetched)
-            async for step in fetched.steps():
+            async for step in fetched.steps(lambda round_: self.round > round_):
                 await self._take_step(step)
         finally:
             fetched.close()

@@ -10,13 +10,13 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
-from swarm import tensors, wire
+from swarm import tensors
 from swarm.agreement.messages import (
     MAX_STATE_TENSORS,
     CloseState,
@@ -29,7 +29,7 @@ from swarm.agreement.messages import (
     StateRead,
     StepMade,
 )
-from swarm.errors import BadTensor, Busy, Forgotten, Malformed, StaleRound
+from swarm.errors import BadTensor, Busy, DeadlineExceeded, Forgotten, Malformed, StaleRound
 from swarm.rpc import Link, Reply, Rpc
 from swarm.wire import Key
 
@@ -43,6 +43,7 @@ MAX_LIST = 1 << 23  # bytes of a list of tensors
 IDLE = 30.0  # seconds without a word, after which a transfer is forgotten
 OPEN_TIMEOUT = 120.0  # seconds for the donor to copy its state
 READ_TIMEOUT = 60.0  # seconds for one piece
+NEXT_TIMEOUT = 20.0  # seconds for a round to end, before it is asked for again
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -206,44 +207,35 @@ class Fetched:
         if not isinstance(opened, StateOpened):
             raise Malformed("a state that is none", link.peer)
         entries = _entries(listed, opened.length, link)
-        buffer = bytearray(opened.length)
-        await _pull(link, opened.transfer, -1, memoryview(buffer))
-        state, start = [], 0
-        for entry in entries:
-            size = entry.spec.nbytes()
-            state.append((entry.name, _tensor(memoryview(buffer)[start : start + size], entry.spec)))
-            start += size
+        state = [
+            (entry.name, torch.empty(entry.spec.shape, dtype=tensors.dtype_of(entry.spec.dtype))) for entry in entries
+        ]
+        await _pull(link, opened.transfer, -1, [tensor for _, tensor in state])
         if await asyncio.to_thread(digest_of_state, opened.round, state) != opened.digest:
             raise BadTensor("a state that is not what its digest says", link.peer)
         return cls(link, opened, state)
 
-    async def steps(self) -> AsyncIterator[Step]:
-        """Every step after it, as it is made."""
+    async def steps(self, is_over: Callable[[int], bool]) -> AsyncIterator[Step]:
+        """Every step after it, as it is made; `is_over`: whether a round is known to have ended elsewhere."""
         round_ = self.round
         while True:
-            made, _ = await self._link.call(NextStep(self._transfer, round_), timeout=wire.MAX_TIMEOUT)
+            late = is_over(round_)
+            try:
+                made, _ = await self._link.call(NextStep(self._transfer, round_), timeout=NEXT_TIMEOUT)
+            except DeadlineExceeded:
+                if late:
+                    raise
+                continue
             if not isinstance(made, StepMade) or made.decision.round != round_:
                 raise Malformed("a step that is none", self._link.peer)
             mean = {group: torch.empty(length) for group, length in made.lengths}
-            buffer = bytearray(4 * sum(length for _, length in made.lengths))
-            await _pull(self._link, self._transfer, round_, memoryview(buffer))
-            start = 0
-            for vector in mean.values():
-                vector.copy_(torch.frombuffer(buffer, dtype=torch.float32, count=len(vector), offset=start))
-                start += 4 * len(vector)
+            await _pull(self._link, self._transfer, round_, list(mean.values()))
             yield Step(made.decision, mean)
             round_ += 1
 
     def close(self) -> None:
         """It is needed no longer."""
         self._link.tell(CloseState(self._transfer))
-
-
-def _tensor(view: memoryview, spec: wire.TensorSpec) -> torch.Tensor:
-    """A copy: nothing says that the bytes of one tensor after another are aligned."""
-    padding = bytes(wire.padded(len(view)) - len(view))
-    [tensor] = tensors.decode(memoryview(bytearray(view) + padding), [spec])
-    return tensor
 
 
 def _entries(listed: memoryview, length: int, link: Link) -> list[Entry]:
@@ -258,16 +250,25 @@ def _entries(listed: memoryview, length: int, link: Link) -> list[Entry]:
     return entries
 
 
-async def _pull(link: Link, transfer: bytes, step: int, into: memoryview) -> None:
-    """Fill `into`, a few pieces at a time."""
-    starts = iter(range(0, len(into), PIECE))
+async def _pull(link: Link, transfer: bytes, step: int, into: Sequence[torch.Tensor]) -> None:
+    """Fill `into`, whose bytes lie one after another at the other end, a few pieces at a time."""
+    pieces = _pieces(into)
 
     async def some() -> None:
-        for start in starts:
-            count = min(PIECE, len(into) - start)
-            _, body = await link.call(ReadState(transfer, step, start, count), timeout=READ_TIMEOUT)
-            if len(body) != count:
-                raise Malformed(f"{len(body)} bytes of a state where {count} were asked for", link.peer)
-            into[start : start + count] = body
+        for start, piece in pieces:
+            _, body = await link.call(ReadState(transfer, step, start, len(piece)), timeout=READ_TIMEOUT)
+            if len(body) != len(piece):
+                raise Malformed(f"{len(body)} bytes of a state where {len(piece)} were asked for", link.peer)
+            piece[:] = body
 
     await asyncio.gather(*(some() for _ in range(WINDOW)))
+
+
+def _pieces(into: Sequence[torch.Tensor]) -> Iterator[tuple[int, memoryview]]:
+    """The memory of tensors, at most `PIECE` bytes at a time, and where these bytes lie among all."""
+    before = 0
+    for view in map(tensors.to_bytes, into):
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            yield before + start, piece
+        before += len(view)

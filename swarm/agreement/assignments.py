@@ -89,10 +89,15 @@ class _Loan:
 
 
 class Assignments:
-    """The micro-batches of one round."""
+    """The micro-batches of one round.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        lent: which of them were lent before; None where that is not known.
+    """
+
+    def __init__(self, plan: Plan, lent: Iterable[int] | None = ()) -> None:
         self._plan = plan
+        self.lent = None if lent is None else set(lent)  # ever
         self._loans: dict[int, _Loan] = {}
         self._leases = 0
         self._usual = LEAST_SECONDS / MULTIPLE  # seconds from lending to the last count
@@ -130,7 +135,14 @@ class Assignments:
                 self._leases += 1
                 self._loans[index] = _Loan(trainer, self._leases, now)
                 mine.append(index)
+                if self.lent is not None:
+                    self.lent.add(index)
         return [Lent(index, self._loans[index].lease, holders.get(index, [])) for index in sorted(mine)]
+
+    def unlent(self, indices: Iterable[int]) -> frozenset[int]:
+        """Those of them that nobody can have run, because they were never lent or there are none such."""
+        lent = range(self._plan.count) if self.lent is None else self.lent
+        return frozenset(index for index in indices if index not in lent)
 
     def _is_free(self, index: int, now: float) -> bool:
         if index in self.complete:

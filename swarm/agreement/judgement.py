@@ -104,17 +104,21 @@ def accused(reports: Mapping[PeerId, Report], order: Sequence[PeerId]) -> PeerId
 
 
 def doubly_counted(counted: Mapping[PeerId, Collection[int]], order: Sequence[PeerId]) -> set[PeerId]:
-    """Whose sums of one stage are to be forgotten so that no micro-batch is in two: as few micro-batches as can be.
+    """Whose sums of one stage are to be forgotten so that no micro-batch is in two.
 
-    The largest sums stay. (Greedy: the exact answer is not worth its price.)
+    Of those who claim what others claim, first who does so with the most others, then who claims the most: who claims
+    all that was lent must not be believed more than those who have run it. Of equals, the last in `order`.
     """
-    kept: set[int] = set()
-    void = set()
-    for peer in sorted(counted, key=lambda peer: (-len(counted[peer]), order.index(peer))):
-        if kept.isdisjoint(counted[peer]):
-            kept.update(counted[peer])
-        else:
-            void.add(peer)
+    left = {peer: frozenset(indices) for peer, indices in counted.items()}
+    void: set[PeerId] = set()
+    while sum(map(len, left.values())) > len(frozenset[int]().union(*left.values())):
+        rivals = {
+            peer: sum(not mine.isdisjoint(theirs) for other, theirs in left.items() if other != peer)
+            for peer, mine in left.items()
+        }
+        worst = max(left, key=lambda peer: (rivals[peer], len(left[peer]), order.index(peer)))
+        void.add(worst)
+        del left[worst]
     return void
 
 

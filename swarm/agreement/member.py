@@ -7,6 +7,7 @@ are announced by `begin` and ended by `counted` or `gave_up`, so that a member t
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -237,9 +238,16 @@ class Member(Participant):
             self._drop_attempt()
         elif order.phase == Phase.AVERAGE and self._attempt != (order.term, order.attempt):
             self._drop_attempt()
-            if any(share.peer == self.me for share in order.shares):
+            if any(share.peer == self.me for share in order.shares) and self._adds_up(order):
                 self._attempt = order.term, order.attempt
                 self.effects.append(Average(order))
+
+    def _adds_up(self, order: Order) -> bool:
+        """Whether the weights are those of a round: nobody's can be more than it could have counted."""
+        samples = Counter[int]()
+        for share in order.shares:
+            samples[share.stage] += share.samples
+        return [samples[stage] for stage in range(self.plan.stages)] == [self.plan.samples] * self.plan.stages
 
     def _drop_attempt(self) -> None:
         if self._attempt is not None:

@@ -25,7 +25,7 @@ from swarm.agreement.messages import (
     Take,
 )
 from swarm.agreement.roster import everyone, is_quorum, members, outranks, voters
-from swarm.rounds import BEAT, SILENCE, Coordinator
+from swarm.rounds import BEAT, SILENCE, Coordinator, Phase
 from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 from swarm.wire import Message
@@ -131,7 +131,8 @@ class Participant:
         elif order.round == self.round and order.term >= self._promised:
             if order.term > 0 or sender == self.previous.roster.coordinator:
                 self.coordinating = sender
-                self._follow(order, now)
+                if self.order is None or _progress(order) >= _progress(self.order):
+                    self._follow(order, now)
                 self._answer(sender, now)
         elif order.round == self.round:
             self._answer(sender, now)  # it hears of the higher term
@@ -163,6 +164,7 @@ class Participant:
         self.round = decision.round + 1
         if (before is None or before.roster.line != decision.roster.line) and decision.outcome != "begin":
             self._votes_from = self.round + 1  # it may have voted already, and forgotten it when it was restarted
+        coordinated = self.coordinator
         self.order = self._accepted = self._candidacy = self.coordinator = None
         self._promised = 0
         self._heard = now
@@ -171,7 +173,14 @@ class Participant:
         self.stopped = decision.outcome == "stop"
         self._entered(now)
         if decision.roster.coordinator == self.me and not self.stopped and self._can_coordinate():
-            self.coordinator = Coordinator(self.plan, self.me, decision, now, avoidance=self._avoidance)
+            lent = self._lent_before(coordinated, decision)
+            self.coordinator = Coordinator(self.plan, self.me, decision, now, avoidance=self._avoidance, lent=lent)
+
+    def _lent_before(self, coordinated: Coordinator | None, decision: Decision) -> Collection[int] | None:
+        """What was lent of a round before it began, as far as who coordinates it has lent it itself."""
+        if not self.plan.overlap or decision.outcome == "begin":
+            return ()
+        return coordinated.ahead.lent if coordinated is not None and coordinated.round == decision.round else None
 
     def _is_news(self, decision: Decision, now: float) -> bool:
         if self.previous is None or decision.roster.line == self.previous.roster.line:
@@ -242,7 +251,7 @@ class Participant:
         attempt = self.order.attempt if self.order else 0
         decision = latest.decision if latest else None
         self.coordinator = Coordinator(
-            self.plan, self.me, self.previous, now, mine.term, attempt, decision, self._avoidance
+            self.plan, self.me, self.previous, now, mine.term, attempt, decision, self._avoidance, lent=None
         )
 
     # --- being the coordinator ---------------------------------------------------------------------------------------
@@ -315,3 +324,9 @@ class Participant:
     def _next_number(self) -> int:
         self._numbers += 1
         return self._numbers
+
+
+def _progress(order: Order) -> tuple[int, int, int]:
+    """Grows with every order of a round, so that one that was overtaken is known: an attempt that failed is collecting
+    again under its own number."""
+    return order.term, order.attempt, order.phase or len(Phase)
