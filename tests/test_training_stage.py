@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from runs import reference_curve, small_run, tokens
 
 from peer.training.checkpoints import Checkpoints
@@ -332,6 +333,28 @@ def test_a_stage_needs_four_numbers_for_a_weight_or_six_where_rounds_overlap(mor
     assert numbers * 4 * optimizer.layout.size <= sum(held.values()) < numbers * 4 * optimizer.layout.size + 1024
 
 
+@pytest.mark.parametrize("more", ["", OVERLAP], ids=["in turn", "overlap"])
+def test_neither_a_step_nor_a_checkpoint_needs_room_for_the_weights_again(
+    more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.training.optimizer.BLOCK", 1000)
+    monkeypatch.setattr("peer.training.optimizer.PIECE", 1000)
+    run = small_run(more=more + "\n[checkpoint]\nevery = 1\n")
+    (member,) = stages_of(run, tmp_path)
+    through([member], 0)
+    mean = {group: total.clone() for group, total in member.sums().items()}
+    with allocated() as stepping:
+        member.commit(mean, 1.0)
+    (resumed,) = stages_of(run)
+    saved = Checkpoints(tmp_path, run, 0, resume=True).load(1, resumed.optimizer)  # mapped, not read
+    with allocated() as resuming:
+        resumed.optimizer.load(saved)
+    assert digest(resumed) == digest(member)
+    weights = 4 * member.optimizer.layout.size
+    assert 0 < stepping.peak < weights / 8
+    assert 0 < resuming.peak < weights / 8
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 SAVING = "\n[checkpoint]\nevery = 2\nkeep = 2\n"
@@ -366,11 +389,11 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path, monkeypatch:
         whole_round(stages, round)
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def full(tensors: Any, path: Path) -> None:
+    def full(path: Path, tensors: Any) -> None:
         path.write_bytes(b"the beginning of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("peer.training.checkpoints.save_file", full)
+    monkeypatch.setattr("peer.training.checkpoints._write", full)
     for round in range(2, 4):
         whole_round(stages, round)
     assert stages[0].round == 4

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from peer.training.optimizer import Optimizer, in_pieces
 from swarm.errors import DiskFull, ModelCorrupt
 from swarm.runs.run import Run
+from swarm.tensors import to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Checkpoints:
         parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in (weights, about)]
         try:
             weights.parent.mkdir(parents=True, exist_ok=True)
-            save_file(_named(optimizer), parts[0])
+            _write(parts[0], _named(optimizer))
             parts[1].write_bytes(msgspec.json.format(msgspec.json.encode(self._about(round_, optimizer))))
             for part, path in zip(parts, (weights, about), strict=True):
                 part.replace(path)
@@ -84,19 +85,18 @@ class Checkpoints:
         self._thin_out()
         log.info("saved round=%d file=%s", round_, weights)
 
-    def load(self, round_: int, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    def load(self, round_: int, optimizer: Optimizer) -> Mapping[str, torch.Tensor]:
         """What `save` was given, as `Optimizer.state` has it. Raises `ModelCorrupt` where it is damaged."""
         weights, about = self._files(round_)
         try:
             said = msgspec.json.decode(about.read_bytes(), type=_About)
-            named = load_file(weights)
+            named = _read(weights)
         except (OSError, SafetensorError, msgspec.DecodeError) as error:
             raise ModelCorrupt(f"the checkpoint {weights} cannot be read: {error}") from error
         if (said.run, said.stage, said.round) != (self._run.id, self._run.stages[self._stage], round_):
             raise ModelCorrupt(f"{about} is of another run or stage")
-        state = _flattened(named, optimizer, weights)
-        counters = torch.tensor([said.steps, said.unchanged])
-        return {**state, "counters": counters, "scale": torch.tensor(said.scale)}
+        rest = {"counters": torch.tensor([said.steps, said.unchanged]), "scale": torch.tensor(said.scale)}
+        return _Saved(named, optimizer, weights, rest)
 
     def _about(self, round_: int, optimizer: Optimizer) -> _About:
         state = dict(optimizer.state())
@@ -128,10 +128,10 @@ def rounds_in(folder: Path) -> list[int]:
 
 
 def _named(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Views of all that is saved."""
     named: dict[str, torch.Tensor] = {}
     for kind, vector in optimizer.vectors().items():
-        views = optimizer.layout.views(vector.cpu())
-        named |= {f"{_prefix(kind)}{name}": view.clone() for name, view in views.items()}
+        named |= {f"{_prefix(kind)}{name}": view for name, view in optimizer.layout.views(vector).items()}
     return named
 
 
@@ -139,14 +139,60 @@ def _prefix(kind: str) -> str:
     return "" if kind == "weights" else f"{kind}."
 
 
-def _flattened(named: Mapping[str, torch.Tensor], optimizer: Optimizer, file: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for kind in optimizer.vectors():
-        flat, prefix = torch.empty(optimizer.layout.size), _prefix(kind)
-        for name, view in optimizer.layout.views(flat).items():
-            tensor = named.get(f"{prefix}{name}")
-            if tensor is None or tensor.shape != view.shape:
-                raise ModelCorrupt(f"{file} lacks {prefix}{name}, or has it in another shape")
-            view.copy_(tensor)
-        state |= dict(in_pieces(kind, flat))
-    return state
+def _write(file: Path, named: Mapping[str, torch.Tensor]) -> None:
+    """Save float32 tensors as `safetensors.torch.save_file` does, which would have a copy of them all in memory."""
+    header, end = {}, 0
+    for name, tensor in named.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for tensor in named.values():
+            out.write(to_bytes(tensor.cpu()))
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped: only what is looked at is read."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+
+
+class _Saved(Mapping[str, torch.Tensor]):
+    """What was saved, as `Optimizer.state` has it: each piece is put together when it is asked for."""
+
+    def __init__(
+        self, named: Mapping[str, torch.Tensor], optimizer: Optimizer, file: Path, rest: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._entries = optimizer.layout.entries
+        self._named = named
+        self._rest = rest
+        self._pieces: dict[str, tuple[str, int, int]] = {}  # of which vector, from where, how many
+        for kind, vector in optimizer.vectors().items():
+            start = 0
+            for name, piece in in_pieces(kind, vector):
+                self._pieces[name] = kind, start, len(piece)
+                start += len(piece)
+            for entry in self._entries:
+                found = named.get(f"{_prefix(kind)}{entry.name}")
+                if found is None or tuple(found.shape) != entry.shape:
+                    raise ModelCorrupt(f"{file} lacks {_prefix(kind)}{entry.name}, or has it in another shape")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._rest:
+            return self._rest[name]
+        kind, start, count = self._pieces[name]
+        piece = torch.empty(count)
+        for entry in self._entries:
+            low, high = max(entry.place.start, start), min(entry.place.stop, start + count)
+            if low < high:
+                flat = self._named[f"{_prefix(kind)}{entry.name}"].view(-1)
+                piece[low - start : high - start] = flat[low - entry.place.start : high - entry.place.start]
+        return piece
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._pieces, *self._rest])
+
+    def __len__(self) -> int:
+        return len(self._pieces) + len(self._rest)

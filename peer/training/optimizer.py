@@ -25,6 +25,7 @@ from swarm.runs.trainable import TrainableStage
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch calls them
 EARLIER = "earlier"  # weights, of the beginning of the round before
 PIECE = 1 << 22  # numbers of a vector in one tensor of the state: a dimension that travels has its limit
+BLOCK = 1 << 18  # numbers of a vector that AdamW works on at once: what it needs besides is as large
 _MAX_SCALE = 2.0**24
 
 
@@ -63,13 +64,15 @@ class Optimizer:
     def _begin(self) -> torch.optim.AdamW:
         table, groups = self._run.optimizer, []
         for place, decays in self.layout.decaying:
-            part = nn.Parameter(self.weights[place])
-            part.grad = self.gradient[place]
-            groups.append({"params": [part], "weight_decay": table.weight_decay if decays else 0.0})
+            parts = [nn.Parameter(self.weights[block]) for block in _blocks(place)]
+            for part, block in zip(parts, _blocks(place), strict=True):
+                part.grad = self.gradient[block]
+            groups.append({"params": parts, "weight_decay": table.weight_decay if decays else 0.0})
         adam = torch.optim.AdamW(groups, lr=table.learning_rate, betas=table.betas, eps=table.epsilon, foreach=False)
         for (place, _), group in zip(self.layout.decaying, adam.param_groups, strict=True):
-            moments = dict(zip(MOMENTS, (self._first[place], self._second[place]), strict=True))
-            adam.state[group["params"][0]] = {"step": torch.tensor(0.0), **moments}
+            for part, block in zip(group["params"], _blocks(place), strict=True):
+                moments = dict(zip(MOMENTS, (self._first[block], self._second[block]), strict=True))
+                adam.state[part] = {"step": torch.tensor(0.0), **moments}
         return adam
 
     def scale_of(self, ahead: bool) -> float:
@@ -162,8 +165,8 @@ class Optimizer:
             tensor.copy_(state[name])
         self.steps, self._unchanged = own["counters"].tolist()
         self.scale, self._earlier_scale = own["scale"].tolist()
-        for group in self._adam.param_groups:
-            self._adam.state[group["params"][0]]["step"].fill_(self.steps)
+        for part in self._adam.state.values():
+            part["step"].fill_(self.steps)
         self.gradient.zero_()
         self.ahead.zero_()
 
@@ -174,6 +177,10 @@ class Optimizer:
 
     def __repr__(self) -> str:
         return f"<Optimizer {self.layout!r} steps={self.steps} lr={self.learning_rate:.2e} scale={self.scale:g}>"
+
+
+def _blocks(place: slice) -> list[slice]:
+    return [slice(start, min(start + BLOCK, place.stop)) for start in range(place.start, place.stop, BLOCK)]
 
 
 def in_pieces(name: str, vector: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ BENCHES = {
     "allreduce": "gradients of 1M to 50M values averaged by 2 and 4 processes, beside hivemind and gloo",
     "round": "the fixed cost of a round with 2 and 4 replicas",
     "train": "two stages that train, one thread each, against one process with one thread",
+    "trainmemory": "what a training peer takes, against what its weights, gradients and moments need",
     "join": "from launching a late joiner of a 20M-parameter stage to its counting",
     "wire": "echoes of 1.2 KB to 8 MiB over the transport, against bare TLS",
 }

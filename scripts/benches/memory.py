@@ -39,8 +39,8 @@ def measure(plan: Plan) -> list[Row]:
 
     def alone() -> float:
         with running("alone.py", str(folder), str(NEW_TOKENS)) as (process, _):
-            alone_resident.append(_megabytes(process.pid, "Rss"))
-            return _megabytes(process.pid, "Pss")
+            alone_resident.append(megabytes(process.pid, "Rss"))
+            return megabytes(process.pid, "Pss")
 
     rounds = plan.alternate("memory: a peer with every block", plan.rounds(ROUNDS), serving, alone)
     return [
@@ -60,12 +60,12 @@ def _after_serving(folder: Path) -> tuple[float, float, int]:
         with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[local.address]) as model:
             generate(model, prompt(folder))
         tree = [peer.pid, *(child.pid for child in psutil.Process(peer.pid).children(recursive=True))]
-        sizes = [(_megabytes(pid, "Pss"), _megabytes(pid, "Rss")) for pid in tree]
+        sizes = [(megabytes(pid, "Pss"), megabytes(pid, "Rss")) for pid in tree]
     proportional, resident = (sum(column) for column in zip(*sizes, strict=True))
     return proportional, resident, len(tree)
 
 
-def _megabytes(pid: int, kind: str) -> float:
-    """`kind` is a line of Linux's `smaps_rollup`, in kibibytes there."""
+def megabytes(pid: int, kind: str) -> float:
+    """What a process takes; `kind` is a line of Linux's `smaps_rollup`, in kibibytes there."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{kind}:"))

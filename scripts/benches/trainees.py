@@ -84,13 +84,18 @@ def training(run_file: Path, local: LocalSwarm) -> Iterator[Trainees]:
         trainees.close()
 
 
-def write_run(folder: Path, name: str, stages: str, micro: int, target: int, length: int, config: str) -> Path:
-    """A run's file: a Llama from scratch that learns the embedded default, byte by byte, for as long as it takes."""
+def write_run(
+    folder: Path, name: str, stages: str, micro: int, target: int, length: int, config: str, more: str = ""
+) -> Path:
+    """A run's file: a Llama from scratch that learns the embedded default, byte by byte, for as long as it takes.
+
+    `more` goes on in the table of averaging.
+    """
     file = folder / f"{name}.toml"
     file.write_text(
         f'name = "{name}"\nrounds = 100000\nstages = {stages}\ntokenizer = "bytes"\n\n'
         f'[model]\narchitecture = "llama"\n\n[model.config]\n{config}\n\n'
         f"[batch]\nsequence_length = {length}\nmicro = {micro}\ntarget = {target}\n\n"
-        f'[optimizer]\nlearning_rate = 1e-4\n\n[averaging]\ndtype = "float32"\n'
+        f'[optimizer]\nlearning_rate = 1e-4\n\n[averaging]\ndtype = "float32"\n{more}'
     )
     return file
