@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from swarm.agreement.messages import Decision, Lent, Roster
+from swarm.agreement.roster import replicas
 from swarm.errors import ModelDiverged, RemoteError, StaleRound
 from swarm.routes.avoidance import Avoidance
 from swarm.rpc import Rpc
@@ -235,9 +235,3 @@ class Trainer:
 
 def _parcel(round_: int, index: int, batch: Batch) -> Parcel:
     return Parcel(round_, index, batch.ids, batch.labels, batch.position_ids)
-
-
-def replicas(roster: Roster, stages: int) -> list[int]:
-    """How many members each stage has."""
-    counts = Counter(seat.stage for seat in roster.members)
-    return [counts[stage] for stage in range(stages)]

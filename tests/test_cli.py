@@ -52,6 +52,13 @@ def test_help_needs_none_of_what_takes_seconds_to_import() -> None:
     assert ended.stdout == "[]\n"
 
 
+def test_a_node_can_join_the_swarm_while_torch_is_imported() -> None:
+    """It is in another thread that it is, which helps only where the modules of the first do not want it."""
+    code = "import peer.node, peer.training.node, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert ended.stdout == "False False\n"
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

@@ -19,6 +19,7 @@ from peer.cache import Leases
 from peer.config import TrainSettings, parse_address
 from peer.executor import Executor
 from peer.node import addresses_of, close_all, start_discovery
+from swarm.agreement.roster import replicas
 from swarm.discovery import Discovery
 from swarm.errors import RemoteError, ShoalError, UsageError
 from swarm.files.checkpoint import Progress
@@ -26,7 +27,6 @@ from swarm.identity import Identity
 from swarm.rpc import Rpc
 from swarm.runs.run import Run
 from swarm.runs.terms import answer_terms, refuse_another_file
-from swarm.training import replicas
 from swarm.transport import TcpTransport
 from swarm.types import Address, Offer, PeerId, State
 from swarm.wire import Endpoint

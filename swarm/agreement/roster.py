@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from swarm.agreement.messages import Join, Roster, Seat
@@ -56,3 +57,9 @@ def seats_of(joins: Iterable[Join]) -> list[Seat]:
 def outranks(roster: Roster, round_: int, other: Roster, other_round: int) -> bool:
     """Of two lines of one run that were begun apart, whether the first is the one to keep: the longer one."""
     return (round_, other.line) > (other_round, roster.line)
+
+
+def replicas(roster: Roster, count: int) -> list[int]:
+    """How many members each of `count` stages has."""
+    counts = Counter(seat.stage for seat in roster.members)
+    return [counts[stage] for stage in range(count)]
