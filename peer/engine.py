@@ -74,6 +74,10 @@ class Engine:
         """Run no more of the session's `unwanted` steps; nobody is told. What runs now goes on to its piece's end."""
         self._done(work.session for work in self._scheduler.cancel(session, unwanted))
 
+    def prioritize(self, session: Hashable, priority: int) -> None:
+        """What waits for a session has another priority from now on."""
+        self._scheduler.prioritize(session, priority)
+
     async def settled(self, session: Hashable) -> None:
         """Wait until all that came for a session is done."""
         if self._waiting[session]:

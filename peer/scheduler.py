@@ -18,6 +18,8 @@ from typing import Any
 SHORT = 16  # positions of a step that counts as a decode: one token, or a few to be verified
 PIECE = 16  # positions: a piece of a long step has some multiple of it, but for the last
 PATIENCE = 0.5  # seconds that work may wait before it goes first
+LOW_PATIENCE = 2.0  # the same, of low priority
+LOW, NORMAL = -1, 0  # priorities
 TURN_SECONDS = 0.1  # that a turn is to take at most
 FORGET = 64  # clients for each session that waits, before those who are done are forgotten
 FIRST_BUDGET = 64  # tokens, before anything was measured
@@ -49,13 +51,18 @@ class Work:
     arrived: float
     what: Any = None
     group: Hashable = None
-    priority: int = 0
+    priority: int = NORMAL
     deadline: float = math.inf
     done: int = 0
     since: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.since = self.arrived
+
+    @property
+    def patience(self) -> float:
+        """Seconds that it may wait before it goes first."""
+        return PATIENCE if self.priority >= NORMAL else LOW_PATIENCE
 
     @property
     def is_short(self) -> bool:
@@ -123,6 +130,11 @@ class Scheduler:
         self._keep(session, [work for work in queue if not unwanted(work)])
         return out
 
+    def prioritize(self, session: Hashable, priority: int) -> None:
+        """What waits for a session has another priority from now on."""
+        for work in self._queues.get(session, ()):
+            work.priority = priority
+
     def turn(self, now: float, budget: int) -> Turn:
         """The next turn: of `budget` tokens, or of a single piece where the smallest is larger."""
         turn = Turn(late=self._late(now))
@@ -138,7 +150,7 @@ class Scheduler:
         return turn
 
     def _rank(self, work: Work, now: float) -> tuple[float, ...]:
-        if now - work.since >= PATIENCE:
+        if now - work.since >= work.patience:
             return (0, work.since)
         return (1, -work.priority, not work.is_short, self._given[work.client], work.since)
 

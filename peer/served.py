@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from peer.outlet import Failed, Outlet
-from peer.scheduler import Work
+from peer.scheduler import NORMAL, Work
 from peer.stage import SessionState, StepInput
 from swarm import tensors, wire
 from swarm.errors import Forgotten, RemoteError, UnknownSession, Unreachable
@@ -47,6 +47,7 @@ class ServedSession:
         epoch: of the latest attempt of which something came; what is older is dropped.
         came: of the latest of which the step itself came.
         opened: of the latest in which the client said its terms.
+        priority: of its steps.
         outdated: whether what it holds was computed with weights that have changed since.
     """
 
@@ -59,6 +60,7 @@ class ServedSession:
         self.epoch = 0
         self.came = 0
         self.opened = 0
+        self.priority = NORMAL
         self.rounding: Rounding | None = None  # of what is passed on; chosen when the session is opened
         self.returning: list[Work] = []  # steps that wait for what the session holds to come back to the pool
         self.outdated = False

@@ -17,7 +17,7 @@ from peer.executor import Executor
 from peer.kv.admission import Admission
 from peer.load import Load
 from peer.outlet import Failed
-from peer.scheduler import Slice, Work
+from peer.scheduler import LOW, NORMAL, Slice, Work
 from peer.served import ServedSession, step_input, unheard
 from peer.stage import SessionState, Stage, StepInput
 from swarm import wire
@@ -142,6 +142,8 @@ class Server:
         session.heard_from(link)
         session.opened = message.epoch
         state.max_length = length
+        session.priority = LOW if message.priority == "low" else NORMAL
+        self._engine.prioritize(key, session.priority)
         try:
             await session.set_next(message.next)
         except (RemoteError, asyncio.CancelledError):
@@ -271,6 +273,7 @@ class Server:
             arrived=now,
             what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
             group=session.state.model.span,
+            priority=session.priority,
             deadline=now + self._leases.duration if message.position == 0 else math.inf,
         )
         if session.returning or self._leases.is_out(session.key):

@@ -18,7 +18,7 @@ from swarm.session import StepMeta
 from swarm.speculation.tuning import Speculate
 from swarm.swarm_cache import SwarmCache
 from swarm.types import ModelId, Span
-from swarm.wire import Rounding
+from swarm.wire import Priority, Rounding
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -56,6 +56,7 @@ class Chain:
         self.standby = standby
         self.precision = Precision.STEADY
         self.rounding: Rounding = "auto"
+        self.priority: Priority = "normal"
         self.on_quantized: Quantized = warn_quantized
         self._told: dict[str, list[Span]] = {}  # which blocks are quantized, as the user knows
         self.speculate = speculate
@@ -114,6 +115,7 @@ class Chain:
                 precision=self.precision,
                 on_quantized=self._quantized,
                 rounding=self.rounding,
+                priority=self.priority,
             )
             cache.bind(session, self.background)
         assert cache.session is not None

@@ -106,6 +106,14 @@ WireDtype = Annotated[
         "networks.",
     ),
 ]
+HowUrgent = Annotated[
+    str,
+    typer.Option(
+        "--priority",
+        metavar="NAME",
+        help="normal; or low, for what nobody waits for: peers run it where others leave room.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
@@ -148,6 +156,7 @@ def generate(
     exact: Exact = False,
     mix: Mix = False,
     wire_dtype: WireDtype = "auto",
+    priority: HowUrgent = "normal",
     of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
@@ -160,8 +169,8 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise UsageError("the prompt is empty")
-        precision = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype}
-        with talking_to(model_name, initial_peers, wait, standby, speculate, of_run, **precision) as conversation:
+        terms: dict[str, Any] = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype, "priority": priority}
+        with talking_to(model_name, initial_peers, wait, standby, speculate, of_run, **terms) as conversation:
             options = sampling(max_new_tokens, temperature, top_p, seed) | {"num_beams": num_beams}
             answer = conversation.answer(conversation.encode(text, raw), page.write, **options)
             page.write("\n")
@@ -185,6 +194,7 @@ def chat(
     exact: Exact = False,
     mix: Mix = False,
     wire_dtype: WireDtype = "auto",
+    priority: HowUrgent = "normal",
     of_run: OfRun = None,
     verbose: Verbose = False,
 ) -> None:
@@ -192,11 +202,10 @@ def chat(
     set_up_logging(verbose)
     with suppress(ImportError):  # there is none for Windows
         importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
+    terms: dict[str, Any] = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype, "priority": priority}
     with (
         errors_told(),
-        talking_to(
-            model_name, initial_peers, wait, standby, speculate, of_run, exact=exact, mix=mix, wire_dtype=wire_dtype
-        ) as conversation,
+        talking_to(model_name, initial_peers, wait, standby, speculate, of_run, **terms) as conversation,
     ):
         console.print("Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it.", style="dim")
         begin = [{"role": "system", "content": system}] if system else []
@@ -311,15 +320,15 @@ def perplexity(
     exact: Exact = False,
     mix: Mix = False,
     wire_dtype: WireDtype = "auto",
+    priority: HowUrgent = "low",
     verbose: Verbose = False,
 ) -> None:
     """How well the swarm predicts a text; lower is better. For comparing peers that keep weights differently."""
     set_up_logging(verbose)
+    terms: dict[str, Any] = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype, "priority": priority}
     with (
         errors_told(),
-        talking_to(
-            model_name, initial_peers, wait, 0, "off", exact=exact, mix=mix, wire_dtype=wire_dtype
-        ) as conversation,
+        talking_to(model_name, initial_peers, wait, 0, "off", **terms) as conversation,
     ):
         from swarm.console.perplexity import default_text, measure, read_text, windows_of
 

@@ -28,7 +28,7 @@ from swarm.speculation.drafting import load_draft_model
 from swarm.speculation.tuning import Speculate
 from swarm.swarm_cache import SwarmCache
 from swarm.types import Span
-from swarm.wire import Rounding
+from swarm.wire import Priority, Rounding
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -147,6 +147,7 @@ class SwarmModelForCausalLM:
         exact: bool = False,
         mix: bool = False,
         wire_dtype: Rounding = "auto",
+        priority: Priority = "normal",
         quantize: str = "none",
         on_quantized: Quantized = warn_quantized,
         on_missing: Callable[[tuple[Span, ...]], None] | None = None,
@@ -169,6 +170,8 @@ class SwarmModelForCausalLM:
             wire_dtype: how hidden states travel: "float32" as they are; "bfloat16" in half of the bytes or "int8" in a
                 quarter, rounded; "auto" rounded only on links to other networks that are slow, of which the log tells,
                 and not at all with `exact`.
+            priority: "low" for what nobody waits for: peers run it where others leave room, and when it has waited for
+                a while. Nobody can ask for more than "normal".
             quantize: how to keep the head's weight here: "int8" or "int4", which on a CPU takes a quarter of its time
                 for each token, or "none". The peers' own is in their offers.
             on_quantized: told which blocks quantized peers run, each time that changes; by default, the log is.
@@ -186,6 +189,8 @@ class SwarmModelForCausalLM:
         precision = _precision(exact, mix)
         if wire_dtype not in get_args(Rounding):
             raise UsageError(f"--wire-dtype {wire_dtype}: there are {', '.join(get_args(Rounding))}")
+        if priority not in get_args(Priority):
+            raise UsageError(f"--priority {priority}: there are {', '.join(get_args(Priority))}")
         kind = next((each for each in KINDS if each == quantize), None)
         if kind is None and quantize != "none":
             raise UsageError(f"quantize={quantize!r}: there are none, {', '.join(KINDS)}")
@@ -199,6 +204,7 @@ class SwarmModelForCausalLM:
             chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
             chain.precision, chain.on_quantized = precision, on_quantized
             chain.rounding = "float32" if exact and wire_dtype == "auto" else wire_dtype
+            chain.priority = priority
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin(), quantize=kind)

@@ -25,7 +25,7 @@ from swarm.rpc import Rpc
 from swarm.session import Session, Sessions
 from swarm.transport import TcpTransport
 from swarm.types import Coordinate, ModelId, Offer, PeerId, Route, Span
-from swarm.wire import Rounding
+from swarm.wire import Priority, Rounding
 
 log = logging.getLogger(__name__)
 
@@ -124,15 +124,17 @@ class Network:
         precision: Precision = Precision.STEADY,
         on_quantized: Quantized = warn_quantized,
         rounding: Rounding = "float32",
+        priority: Priority = "normal",
     ) -> Session:
         """A session of `batch` rows and up to `max_length` positions; its first step opens it.
 
         `standby` is how many spares follow at each hop, `precision` says which peers will do,
-        `rounding` what may be done to hidden states on their way.
+        `rounding` what may be done to hidden states on their way, `priority` how urgent its steps are.
         """
         find = _Finder(self, model, num_blocks, batch * max_length, waiting, Kinds(precision), on_quantized)
         session = Session(self.sessions, model, num_blocks, find, batch, max_length, standby, waiting.first)
         session.round(rounding)
+        session.prioritize(priority)
         find.begun = lambda: session.length > 0
         return session
 

@@ -40,7 +40,7 @@ from swarm.hops.standby import Standby
 from swarm.routes.avoidance import Avoidance
 from swarm.rpc import Link, Rpc
 from swarm.types import ModelId, PeerId, Route, SessionId, Span
-from swarm.wire import Rounding
+from swarm.wire import Priority, Rounding
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,10 @@ class Session:
     def round(self, rounding: Rounding) -> None:
         """What may be done to hidden states on their way; to be said before the first step."""
         self._live.rounding, self._live.told = rounding, self._owner.told
+
+    def prioritize(self, priority: Priority) -> None:
+        """How urgent its steps are at the hops; to be said before the first step."""
+        self._live.priority = priority
 
     # --- a step ----------------------------------------------------------------------------------------------------
 

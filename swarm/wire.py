@@ -29,6 +29,8 @@ BLOCKWISE = "int8x64"  # how hidden states of 8 bits are called: a scale (bfloat
 BLOCK_VALUES = 64
 Rounding = Literal["auto", "float32", "bfloat16", "int8"]  # of hidden states on their way
 
+Priority = Literal["low", "normal"]  # of a session's steps; nobody can ask for more than others have
+
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
@@ -113,7 +115,7 @@ class OpenSession(Message, tag="open"):
     """Lease a KV cache of `batch * max_length` tokens for these blocks, or change an open session's terms.
 
     Sent by the client to every hop of its route. Asked again with the same `session`, it may grow `max_length` or
-    name another `next`; what the session holds stays, unless it is for other blocks. What is left over from an
+    name another `next` or `priority`; what it holds stays, unless it is for other blocks. What is left over from an
     earlier `epoch` is refused. Where there is no room, it may `wait` for some in a queue.
     """
 
@@ -127,6 +129,7 @@ class OpenSession(Message, tag="open"):
     epoch: Count = 0
     wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT)] = 0.0  # seconds
     rounding: Rounding = "float32"  # what may be done to the hidden states that the peer passes on
+    priority: Priority = "normal"  # low where nobody waits for it: it then runs where others leave room
 
 
 class SessionOpened(Message, tag="opened"):

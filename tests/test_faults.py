@@ -9,6 +9,7 @@ from decoding import Decoding
 from virtualswarm import CLIENT, Client, Outcome, VirtualSwarm, peer_name, swarm_of
 
 from peer import server
+from peer.scheduler import LOW, NORMAL
 from swarm.errors import NoRoute, RemoteError
 from swarm.hops.liveroute import LiveRoute
 
@@ -89,6 +90,19 @@ def test_with_a_standby_only_the_last_positions_are_run_again(kind: str) -> None
     assert outcome.failovers == 1
     assert outcome.steps[23] < 0.3
     assert run[1] - run[0] < len(outcome.expected) * 30  # of 300 at each hop
+
+
+def test_a_spare_is_of_low_priority_until_it_takes_a_place() -> None:
+    seen: list[list[int]] = []
+
+    def look(swarm: VirtualSwarm) -> None:
+        sessions = (each for peer in swarm.peers.values() for each in peer.server._sessions.values())
+        seen.append(sorted(session.priority for session in sessions))
+
+    swarm = swarm_of(6).do(look, at_step=20).do(kill_hops(0, 1), at_step=21).do(look, at_step=23)
+    answered(swarm, client("greedy", prompt=100, tokens=30, standby=1))
+    hops = len(seen[0]) // 2
+    assert seen == [[LOW] * hops + [NORMAL] * hops, [NORMAL] * hops]
 
 
 def test_an_undisturbed_standby_is_not_told_the_text_again_when_beams_move() -> None:

@@ -7,7 +7,21 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.scheduler import BUDGETS, FIRST_BUDGET, FORGET, PATIENCE, PIECE, SHORT, Budget, Scheduler, Slice, Work
+from peer.scheduler import (
+    BUDGETS,
+    FIRST_BUDGET,
+    FORGET,
+    LOW,
+    LOW_PATIENCE,
+    NORMAL,
+    PATIENCE,
+    PIECE,
+    SHORT,
+    Budget,
+    Scheduler,
+    Slice,
+    Work,
+)
 
 
 def work(session: int, count: int = 1, client: str = "a", arrived: float = 0.0, **more: object) -> Work:
@@ -48,6 +62,21 @@ def test_a_piece_is_not_cut_too_small_unless_it_would_be_alone() -> None:
 def test_higher_priorities_go_first() -> None:
     waiting = scheduler(work(1, 40), work(2, 40, priority=1))
     assert taken(waiting.turn(0.0, 40).slices) == [(2, 0, 40)]
+
+
+def test_what_nobody_waits_for_goes_last_but_not_never() -> None:
+    waiting = scheduler(work(1, 40, priority=LOW), work(2, 40), work(3, 40, arrived=PATIENCE))
+    assert taken(waiting.turn(PATIENCE, 40).slices) == [(2, 0, 40)]
+    assert taken(waiting.turn(PATIENCE, 40).slices) == [(3, 0, 40)]
+    waiting.add(work(4, 40, arrived=LOW_PATIENCE))
+    assert taken(waiting.turn(LOW_PATIENCE, 40).slices) == [(1, 0, 40)]
+
+
+def test_a_session_can_become_urgent_while_its_steps_wait() -> None:
+    waiting = scheduler(work(1, 40, priority=LOW), work(1, priority=LOW), work(2, 40, arrived=0.1))
+    waiting.prioritize(1, NORMAL)
+    assert taken(waiting.turn(0.2, 40).slices) == [(1, 0, 40)]
+    assert taken(waiting.turn(0.2, 1).slices) == [(1, 0, 1)]
 
 
 def test_only_one_group_or_one_session_a_turn_where_it_must_be_so() -> None:
@@ -118,7 +147,8 @@ def test_nothing_waits_longer_than_patience_and_a_turn_for_each_session(
     sessions: list[tuple[int, int, str, int, str]], budget: int
 ) -> None:
     """Every session always has a step waiting: the worst that can be asked of a scheduler."""
-    waiting, now, longest = Scheduler(), 0.0, 0.0
+    waiting, now = Scheduler(), 0.0
+    longest = dict.fromkeys(range(len(sessions)), 0.0)
 
     def come(session: int) -> None:
         rows, count, client, priority, group = sessions[session]
@@ -136,7 +166,7 @@ def test_nothing_waits_longer_than_patience_and_a_turn_for_each_session(
         for piece in turn.slices:
             session = piece.work.session
             assert isinstance(session, int)
-            longest = max(longest, now - last[session])
+            longest[session] = max(longest[session], now - last[session])
             last[session] = now
         now += TURN
         for piece in turn.slices:
@@ -144,8 +174,9 @@ def test_nothing_waits_longer_than_patience_and_a_turn_for_each_session(
                 assert isinstance(piece.work.session, int)
                 last[piece.work.session] = now
                 come(piece.work.session)
-    longest = max(longest, *(now - since for since in last.values()))
-    assert longest <= PATIENCE + (len(sessions) + 1) * TURN + 1e-9
+    for session, (_, _, _, priority, _) in enumerate(sessions):
+        patience = PATIENCE if priority >= NORMAL else LOW_PATIENCE
+        assert max(longest[session], now - last[session]) <= patience + (len(sessions) + 1) * TURN + 1e-9
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 4)), min_size=1, max_size=10), st.integers(1, 400))

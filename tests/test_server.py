@@ -232,6 +232,19 @@ async def test_a_prompt_that_is_given_up_is_not_run_to_its_end(swarm: Swarm) -> 
     assert peer.server.turns < 10
 
 
+@pytest.mark.usefixtures("small_turns")
+async def test_what_nobody_waits_for_lets_others_pass_until_somebody_does(swarm: Swarm) -> None:
+    peer, client, gate = await swarm.peer(capacity=256), swarm.client(), threading.Event()
+    lengths = {key(): 11, key(): 12, key(): 13}
+    for session, priority in zip(lengths, ("low", "low", "normal"), strict=True):
+        await client.open(peer, session, priority=priority)
+    peer.executor.submit(gate.wait, lambda result, error: None)
+    for session, length in lengths.items():
+        await client.send(peer, session, states(length), 1, 0)
+    gate.set()
+    assert [(await client.answer()).shape[1] for _ in lengths] == [11, 13, 12]
+
+
 async def test_steps_of_many_sessions_run_in_one_turn(swarm: Swarm) -> None:
     peer, client, gate = await swarm.peer(capacity=256), swarm.client(), threading.Event()
     sessions = [key() for _ in range(5)]

@@ -28,7 +28,7 @@ def talking_to(
     standby: int,
     speculate: str,
     of_run: Path | None = None,
-    **precision: Any,
+    **terms: Any,
 ) -> Iterator[Conversation]:
     """A conversation with the model, and everything taken down after it."""
     from swarm.speculation.tuning import Speculate
@@ -39,7 +39,7 @@ def talking_to(
         if of_run is not None:
             conversation = _with_run(of_run, initial_peers, wait, standby, bars)
         else:
-            conversation = _with_model(model_name, initial_peers, wait, standby, speculate, bars, **precision)
+            conversation = _with_model(model_name, initial_peers, wait, standby, speculate, bars, **terms)
     finally:
         bars.stop()
     try:
@@ -68,7 +68,7 @@ def _with_model(
     standby: int,
     speculate: str,
     bars: ProgressBars,
-    **precision: Any,
+    **terms: Any,
 ) -> Conversation:
     bars(f"joining the swarm of {model_name}", 0, 0)
     from swarm.files.hub import resolve
@@ -84,7 +84,7 @@ def _with_model(
         wait=wait,
         standby=standby,
         speculate=speculate,
-        **precision,
+        **terms,
         on_quantized=_tell_quantized,
         on_missing=_tell_missing,
     )

@@ -23,7 +23,7 @@ from swarm.hops.probing import probe
 from swarm.hops.rounding import choose
 from swarm.rpc import Link, Rpc
 from swarm.types import Hop, ModelId, PeerId, Route, SessionId, Span
-from swarm.wire import Rounding
+from swarm.wire import Priority, Rounding
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class LiveRoute:
         replayed: positions that some hop has to run again before the step under way.
         queue: seconds to wait for room at a hop that is full; 0 to be refused at once, and ask another.
         rounding: what may be done to hidden states on their way.
+        priority: of its steps at the hops.
         sending: what is done to those that we send; None before the first.
         told: which senders the user knows to round what they send.
     """
@@ -98,6 +99,7 @@ class LiveRoute:
         self.replayed = 0
         self.queue = 0.0
         self.rounding: Rounding = "float32"
+        self.priority: Priority = "normal"
         self.sending: Rounding | None = None
         self.told: set[tuple[str, Rounding]] = set()
         self.places: list[Place] = []
@@ -283,8 +285,11 @@ class LiveRoute:
         for task in opening:
             task.result()
 
-    async def open(self, place: Place, after: Hop | None) -> None:
-        """Open the session at `place` on the terms of the moment. Raises what its peer says."""
+    async def open(self, place: Place, after: Hop | None, priority: Priority | None = None) -> None:
+        """Open the session at `place` on the terms of the moment. Raises what its peer says.
+
+        `priority` is another than the session's own, for a place that is not on the route.
+        """
         endpoint = wire.Endpoint(after.peer, [(a.host, a.port) for a in after.addresses]) if after else None
         span = place.hop.span
         terms = wire.OpenSession(
@@ -298,6 +303,7 @@ class LiveRoute:
             self.epoch,
             self.queue,
             self.rounding,
+            priority or self.priority,
         )
         seconds = OPEN_SECONDS if self.blame.trouble is None else FAILOVER_SECONDS
         if place.lives and place.after == after:

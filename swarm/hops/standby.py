@@ -79,7 +79,7 @@ class Standby:
         try:
             following = [*(each.hop for each in spare[1:]), after]
             for each, hop in zip(spare, following, strict=True):
-                await live.open(each, hop)
+                await live.open(each, hop, "low")  # nobody waits for a spare, until it takes a place
             if before is not None:
                 first = spare[0].hop
                 endpoint = wire.Endpoint(first.peer, [(a.host, a.port) for a in first.addresses])
