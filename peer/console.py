@@ -36,6 +36,8 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
     try:
         if not await _start(node, _command_of(settings.model), bars, stop):
             return
+        for remark in node.remarks:
+            console.print(remark, soft_wrap=True)
         await unless_stopped(_until_broken(node), stop)
         if node.leases.used:
             await _leave(node, settings.drain_timeout)

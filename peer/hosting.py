@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from peer.capacity import Capacity
     from peer.server import Server
     from peer.stage import Stage
+    from swarm.model import StageModel
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Hosting:
     Attributes:
         server: serves the present span, or served the last one; None before the first.
         tell: how far loading has come.
+        remarks: on how the present span is run, where that is not as one would expect.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Hosting:
         self.server: Server | None = None
         self.leases = Leases(0, settings.lease_seconds)  # until a stage is there and its memory is known
         self.tell = tell
+        self.remarks: list[str] = []
         self._folder, self._model, self._settings = folder, model, settings
         self._rpc, self._executor = rpc, executor
 
@@ -117,6 +121,13 @@ class Hosting:
         )
         kept = None if self._settings.cache_dtype is None else getattr(torch, self._settings.cache_dtype)
         stage = Stage(model, tokens=PREFILL, dtype=kept)  # until it is known how many there is room for
-        if stage.model.unbatched:
-            log.info("sessions run one by one: %s", stage.model.unbatched)
+        self.remarks = list(remarks(model, self._settings.quantize))
         return stage, measure(stage)
+
+
+def remarks(model: StageModel, quantize: str) -> Iterator[str]:
+    if model.unbatched:
+        yield f"sessions run one by one: {model.unbatched}"
+    experts = sum(weight.nbytes for weight in model.model.parameters() if weight.ndim == 3)
+    if experts and quantize != "none":
+        yield f"{experts / 1e6:.0f} MB of experts are kept in full precision: their family holds them in one tensor"

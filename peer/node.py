@@ -138,6 +138,11 @@ class Node:
         return self.hosting.server if self.hosting else None
 
     @property
+    def remarks(self) -> list[str]:
+        """On how the present span is run, where that is not as one would expect."""
+        return self.hosting.remarks if self.hosting else []
+
+    @property
     def leases(self) -> Leases:
         """Of the sessions here."""
         assert self.hosting is not None
@@ -231,8 +236,10 @@ class Node:
             await self._announcer.tell(span=span, state=State.JOINING, cache_free=0, sessions=0, queue=0.0)
         capacity = await self.hosting.host(span)
         speed, tokens = capacity.tokens_per_second(len(span), self._bandwidth), self.leases.capacity
+        assert self.server is not None
         await self._announcer.tell(
             state=State.ONLINE,
+            batched=self.server.batches,
             tokens_per_second=speed,
             seconds_per_block=capacity.seconds_per_block,
             prefill_seconds_per_block=capacity.prefill_seconds_per_block,
@@ -240,6 +247,8 @@ class Node:
             cache_free=tokens,
             coordinate=self.bearings.coordinate,
         )
+        for remark in self.hosting.remarks:
+            log.info("%s", remark)
         log.info("online blocks=%s tokens_per_second=%.1f cache=%s", span, speed, tokens)
 
     async def _move(self, count: int) -> None:

@@ -114,6 +114,11 @@ class Server:
         return len(self._sessions)
 
     @property
+    def batches(self) -> bool:
+        """Whether steps of several sessions run together."""
+        return self._stage.batches
+
+    @property
     def turns(self) -> int:
         """How many forwards there were so far."""
         return self._engine.turns

@@ -96,6 +96,7 @@ class Offer:
     queue: float = 0.0  # steps that another waits for, on average of late
     fixed: bool = False  # it stays at its span whatever others need: it was told to
     quantize: str = "none"  # how the blocks' weights are kept: "none" is exact, "int8" and "int4" are less
+    batched: bool = True  # steps of several sessions run together; else one by one, as some families must
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ valid_offers = st.builds(
     state=st.sampled_from(State),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     quantize=st.sampled_from(["none", "int8", "int4"]),
+    batched=st.booleans(),
     tokens_per_second=st.floats(0, 1e9),
     cache_tokens=st.just(1 << 40),
     cache_free=counts,

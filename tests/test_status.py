@@ -54,6 +54,13 @@ def test_table_of_a_swarm_with_a_gap() -> None:
     assert lines[-1] == "replicas of blocks 0:6  1121--  nobody hosts 4:6"
 
 
+def test_who_runs_sessions_one_by_one_is_named() -> None:
+    told = shown([dataclasses.replace(OFFERS[0], batched=False), OFFERS[1]], WIDE)
+    assert "sessions run one by one at peer1" in told
+    assert "one by one" not in shown(OFFERS, WIDE)
+    assert as_json(MODEL, [dataclasses.replace(OFFERS[0], batched=False)])["peers"][0]["batched"] is False
+
+
 def test_table_of_a_whole_swarm() -> None:
     assert shown([offer(0, 0, 6)], 80).splitlines()[-1] == "replicas of blocks 0:6  111111  every block is online"
 

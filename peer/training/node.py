@@ -184,7 +184,7 @@ class TrainNode:
         assert self.server is not None
         state = State.ONLINE if self._is_settled else State.JOINING
         tokens, now = self.leases.capacity, asyncio.get_running_loop().time()
-        offer = replace(self._offer, state=state, cache_tokens=tokens)
+        offer = replace(self._offer, state=state, cache_tokens=tokens, batched=self.server.batches)
         if offer == self._offer and now - self._told < RENEW_SECONDS:
             return
         self._told = now

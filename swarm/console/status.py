@@ -61,7 +61,7 @@ def as_table(model: ModelId, offers: Sequence[Offer], wide: bool = True) -> Rend
         table.add_column("address", no_wrap=True)
     for offer in sorted(offers, key=lambda offer: (offer.span, offer.peer)):
         table.add_row(*_cells(offer), *([str(offer.addresses[0])] if wide else []))
-    return Group(table, _coverage_line(offers, blocks))
+    return Group(table, *_remarks(offers), _coverage_line(offers, blocks))
 
 
 def _cells(offer: Offer) -> Iterator[str | Text]:
@@ -73,6 +73,11 @@ def _cells(offer: Offer) -> Iterator[str | Text]:
     yield str(offer.sessions)
     yield offer.dtype if offer.quantize == "none" else offer.quantize
     yield offer.version
+
+
+def _remarks(offers: Sequence[Offer]) -> Iterator[Text]:
+    if alone := sorted(offer.peer[-8:] for offer in offers if not offer.batched):
+        yield Text(f"sessions run one by one at {', '.join(alone)}: this family cannot be batched", style="dim")
 
 
 def _coverage_line(offers: Sequence[Offer], blocks: int) -> Text:

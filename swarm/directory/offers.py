@@ -86,6 +86,7 @@ class _Body(msgspec.Struct):
     fixed: bool
     place: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None  # the coordinate: its vector, height and error
     quantize: Literal["none", "int8", "int4"] = "none"
+    batched: bool = True
 
 
 _Shape = TypeVar("_Shape")
