@@ -33,6 +33,8 @@ from swarm.agreement.assignments import Assignments, Plan
 from swarm.agreement.census import Census
 from swarm.agreement.judgement import Verdict, accused, differing, doubly_counted, judge
 from swarm.agreement.messages import (
+    MAX_MEMBERS,
+    MAX_TRAINERS,
     Agree,
     Chosen,
     Decision,
@@ -369,10 +371,11 @@ class Coordinator:
         living, avoided = set(self.census.living()), self.avoidance.avoided(now)
         seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
         for peer, join in self._joins.items():
-            if peer not in living and peer not in avoided and self._may_enter(join):
+            if peer not in living and peer not in avoided and len(seats) < MAX_MEMBERS and self._may_enter(join):
                 seats += seats_of([join])
         next_ = self.me if self.me in living else first(seats)
-        return Roster(self.plan.run, self.previous.roster.line, next_, seats, list[str](sorted(self._trainers)))
+        trainers = list[str](sorted(self._trainers, key=lambda peer: (peer not in self.previous.roster.trainers, peer)))
+        return Roster(self.plan.run, self.previous.roster.line, next_, seats, trainers[:MAX_TRAINERS])
 
     def _may_enter(self, join: Join) -> bool:
         """Whether a newcomer holds what the replicas of its stage hold."""

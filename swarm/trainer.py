@@ -106,7 +106,7 @@ class TrainerNode:
 
         plans = await asyncio.to_thread(stage_plans, self.run, self._parts.config)
         fetcher = Fetcher(self.run, self.network.rpc, plans)
-        round_, weights = await fetcher.everything(await self.network.offers(self.run.id, self.run.num_blocks))
+        round_, weights = await fetcher.everything(await self.network.offers(self.run.id, self.run.num_blocks), folder)
         await save_model(folder, self._parts.config, weights, self._parts.tokenizer)
         return round_
 

@@ -18,7 +18,7 @@ import msgspec
 from swarm.errors import BadTensor, Malformed, Oversized, UnknownMessage
 
 PROTOCOL_VERSION = 1
-MAX_HEADER = 64 * 1024  # bytes of a message's header
+MAX_HEADER = 128 * 1024  # bytes of a message's header: of a run's largest, `swarm.agreement.messages`
 MAX_BODY = 256 * 1024 * 1024  # bytes of a message's body
 MAX_BATCH = 1024  # rows of a session
 MAX_POSITIONS = 1 << 24  # positions of a session

@@ -114,7 +114,11 @@ def test_a_dataset_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_lines(folder)
     from swarm.runs.corpus import _dataset
 
-    assert list(_dataset(DataTable(source=str(folder)))) == TEXTS
+    assert list(_dataset(DataTable(source=str(folder), shuffle=0))) == TEXTS
+    orders = [list(_dataset(DataTable(source=str(folder)), *turn)) for turn in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    assert orders[0] == orders[1]
+    assert all(sorted(order) == sorted(TEXTS) for order in orders)  # each of them once
+    assert len({tuple(order) for order in (*orders, TEXTS)}) > 2
     with pytest.raises(UsageError, match=r"data\.field: rows of .* have text"):
         list(_dataset(DataTable(source=str(folder), field="body")))
     with pytest.raises(UsageError, match=r"the dataset .* cannot be read"):

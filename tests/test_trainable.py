@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from runs import FAMILIES, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from swarm.errors import DiskFull
 from swarm.runs.layout import STAGE, TIED, Layout
 from swarm.runs.run import IGNORED
 from swarm.runs.trainable import TrainableStage, fresh_stage, load_stage
+from swarm.runs.weights import room_on_disk
 from swarm.types import Span
 
 CUTS = {"two stages": (0, 2, 4), "three stages": (0, 1, 3, 4)}
@@ -148,3 +152,21 @@ def test_both_ends_of_a_tied_weight_find_the_same_place_for_it() -> None:
         assert list(layout.groups) == [STAGE, TIED]
         assert layout.groups[TIED] == slice(layout.size - 96 * 32, layout.size)
         assert sum(place.stop - place.start for place, _ in layout.decaying) == layout.size
+
+
+# --- all weights at once, on their way to a folder -------------------------------------------------------------------
+
+
+def test_gathered_weights_lie_on_disk_and_leave_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = room_on_disk(tmp_path / "new" / "model", 1000)
+    room[::2] = 1.5
+    assert (room.sum().item(), room.dtype) == (750.0, torch.float32)
+    assert list((tmp_path / "new").iterdir()) == []
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFull, match="no room for the weights beside"):
+        room_on_disk(tmp_path / "model", 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

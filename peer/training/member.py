@@ -18,7 +18,7 @@ from peer.training.transfer import Donor, Fetched, Named, Step, digest_of_state
 from swarm.agreement.assignments import Plan
 from swarm.agreement.attendance import Attendance, Known
 from swarm.agreement.member import Abandon, Apply, Average, Effect, Fetch, Member, Restore, Settled, Void
-from swarm.agreement.messages import Decision, Order, Roster
+from swarm.agreement.messages import MAX_MEMBERS, Decision, Order, Roster
 from swarm.agreement.parts import group_of_stage
 from swarm.errors import BadTensor, NotReady, ShoalError, Unreachable
 from swarm.rpc import Rpc
@@ -65,6 +65,7 @@ class MemberAttendance(Attendance):
         self._fetching: asyncio.Task[None] | None = None
         self._digesting: asyncio.Task[bytes] | None = None
         self._told_out: dict[PeerId, str] = {}
+        self._crowded_out = False
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -112,6 +113,10 @@ class MemberAttendance(Attendance):
             self._effects.put_nowait(effect)
         super().flush()
         self._say_who_is_out()
+        if self.participant.crowded_out != self._crowded_out:
+            self._crowded_out = self.participant.crowded_out
+            if self._crowded_out:
+                log.warning("the run is full: it has %d members; waiting for one to leave", MAX_MEMBERS)
 
     def _say_who_is_out(self) -> None:
         """A coordinator tells whoever runs it whom the round goes on without, and why."""

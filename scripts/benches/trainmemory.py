@@ -56,7 +56,8 @@ def _peak(sizes: dict[str, int], more: str) -> float:
         file = write_run(local.folder, "bench-trainmemory", '["0:8"]', 1, 4, 64, CONFIG.format(**sizes), saving)
         peers = [local.train(file, "--stage", "0") for _ in range(2)]
         with training(file, local) as trainees, _Watch(peers[0].pid) as watch:
-            trainees.wait_for(2)
+            while trainees.next_round().peers != [2]:
+                continue
             for _ in range(TRAINED):
                 trainees.next_round()
             return watch.most

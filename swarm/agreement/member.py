@@ -14,7 +14,19 @@ from typing import TypeAlias
 
 from swarm.agreement.assignments import Plan, to_bits
 from swarm.agreement.judgement import digest_of
-from swarm.agreement.messages import MAX_SAVED, Agreed, Chosen, Decision, Join, Order, Report, Roster, Seat, Status
+from swarm.agreement.messages import (
+    MAX_MEMBERS,
+    MAX_SAVED,
+    Agreed,
+    Chosen,
+    Decision,
+    Join,
+    Order,
+    Report,
+    Roster,
+    Seat,
+    Status,
+)
 from swarm.agreement.participant import Participant
 from swarm.agreement.roster import first, members, seats_of, stages
 from swarm.errors import NotReady, StaleRound
@@ -129,6 +141,11 @@ class Member(Participant):
     def ready(self) -> bool:
         """Whether it holds the state of the round that is collected, and has a place in it."""
         return self.seated and self._held == self.round and not self._fetching
+
+    @property
+    def crowded_out(self) -> bool:
+        """Whether the run has as many members as can be, and this is none of them: it waits for one to leave."""
+        return self.previous is not None and not self.seated and len(self.previous.roster.members) >= MAX_MEMBERS
 
     @property
     def held(self) -> int:

@@ -147,7 +147,7 @@ async def gather_held(run: Run, initial_peers: list[str], folder: Path) -> None:
     try:
         plans = await asyncio.to_thread(stage_plans, run, config)
         offers = await network.offers(run.id, run.num_blocks)
-        round_, weights = await Fetcher(run, network.rpc, plans).everything(offers)
+        round_, weights = await Fetcher(run, network.rpc, plans).everything(offers, folder)
         await save_model(folder, config, weights, tokenizer)
     finally:
         await network.close()

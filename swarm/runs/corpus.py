@@ -20,12 +20,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
-def documents(data: DataTable) -> Iterator[str]:
+def documents(data: DataTable, seed: int = 0, epoch: int = 0) -> Iterator[str]:
     """The documents that a run's `data` table names, cleaned, in an order that is always the same.
 
-    Raises `UsageError` where there are none, or where a file cannot be read as what it seems to be.
+    A dataset's order follows from the seed and the epoch; all others come as they lie. Raises `UsageError` where there
+    are none, or where a file cannot be read as what it seems to be.
     """
-    return clean(raw_documents(data), data)
+    return clean(raw_documents(data, seed, epoch), data)
 
 
 def is_stream(data: DataTable) -> bool:
@@ -41,13 +42,13 @@ def is_stream(data: DataTable) -> bool:
     return True
 
 
-def raw_documents(data: DataTable) -> Iterator[str]:
+def raw_documents(data: DataTable, seed: int = 0, epoch: int = 0) -> Iterator[str]:
     """The documents as they are. Raises as `documents`."""
     path = Path(data.source)
     if data.source == EMBEDDED:
         return _embedded()
     if is_stream(data):
-        return _dataset(data)
+        return _dataset(data, seed, epoch)
     return _folder(path, data.field) if path.is_dir() else _file(path, data.field)
 
 
@@ -112,8 +113,12 @@ def _field(line: str, field: str, where: str) -> str:
     return str(value[field])
 
 
-def _dataset(data: DataTable) -> Iterator[str]:
-    """A dataset of the Hugging Face hub, streamed: nothing is downloaded before it is needed."""
+def _dataset(data: DataTable, seed: int = 0, epoch: int = 0) -> Iterator[str]:
+    """A dataset of the Hugging Face hub, streamed: nothing is downloaded before it is needed.
+
+    Shuffled by datasets itself: its files, and what comes of them through a buffer. Each row comes once, in an order
+    that is the same for whoever has the same seed.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -122,6 +127,9 @@ def _dataset(data: DataTable) -> Iterator[str]:
         ) from None
     try:
         rows: Any = load_dataset(data.source, data.subset, split=data.split, streaming=True)
+        if data.shuffle:
+            rows = rows.shuffle(seed=seed, buffer_size=data.shuffle)
+            rows.set_epoch(epoch)
         for row in rows:
             if not isinstance(row.get(data.field), str):
                 raise UsageError(

@@ -64,6 +64,7 @@ class DataTable(_Table):
     subset: str | None = None
     split: str = "train"
     field: str = "text"
+    shuffle: Annotated[int, Field(ge=0, le=1 << 20)] = 1000
     documents: Literal["join", "separate"] = "join"
     deduplicate: bool = True
     min_characters: _Natural = 1

@@ -139,9 +139,10 @@ class _Streamed:
 
     def _begin(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The samples of epoch after epoch."""
-        for _ in itertools.count():
+        for epoch in itertools.count():
             found = False
-            for sample in _in_pieces(_tokenised(self._run, self._tokenizer), self._run.batch.sequence_length):
+            texts = _tokenised(self._run, self._tokenizer, epoch)
+            for sample in _in_pieces(texts, self._run.batch.sequence_length):
                 found = True
                 yield sample
             if not found:
@@ -177,11 +178,11 @@ def _since_start(places: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(rest), places[rest:]])
 
 
-def _tokenised(run: Run, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def _tokenised(run: Run, tokenizer: PreTrainedTokenizerBase, epoch: int = 0) -> Iterator[np.ndarray]:
     """The tokens of each document, with the token that ends a text after it."""
     end: Any = tokenizer.eos_token_id
     ending = [] if end is None else [end]
-    texts = documents(run.data)
+    texts = documents(run.data, run.seed, epoch)
     while some := list(itertools.islice(texts, _BATCH)):
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             yield np.array([*ids, *ending], np.uint32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 30.0  # for a member to answer with a chunk
 ATTEMPTS = 5  # at weights of one and the same round
+SHARD = "1GB"  # of a model that is written: as much of it is in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,20 @@ class Fetcher:
             found |= (await self._stage(plan, offers, _beside(plan), NEWEST))[0]
         return found
 
-    async def everything(self, offers: Sequence[Offer]) -> tuple[int, dict[str, torch.Tensor]]:
-        """A round, and all weights at its beginning. Raises `NoRoute` or a `RemoteError`."""
+    async def everything(self, offers: Sequence[Offer], folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
+        """A round, and all weights at its beginning, mapped from a file on the disk of `folder`: memory may be smaller.
+
+        Raises `NoRoute` or a `RemoteError`, `DiskFull` where there is no room.
+        """
+        room = room_on_disk(folder, sum(plan.layout.size for plan in self.plans))
         for _ in range(ATTEMPTS):
             rounds: list[int] = []
             found: dict[str, torch.Tensor] = {}
+            rest = room
             for plan in self.plans:
-                weights, round_ = await self._stage(plan, offers, {each.name for each in plan.layout.entries}, NEWEST)
+                part, rest = rest[: plan.layout.size], rest[plan.layout.size :]
+                names = {each.name for each in plan.layout.entries}
+                weights, round_ = await self._stage(plan, offers, names, NEWEST, part)
                 rounds.append(round_)
                 found |= weights
             if len(set(rounds)) == 1:
@@ -84,32 +94,38 @@ class Fetcher:
         raise NoRoute("the stages of the run are never at the same round while their weights are fetched")
 
     async def _stage(
-        self, plan: StagePlan, offers: Sequence[Offer], names: Collection[str], round_: int
+        self,
+        plan: StagePlan,
+        offers: Sequence[Offer],
+        names: Collection[str],
+        round_: int,
+        room: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """Weights of one stage under the whole model's names, and the round they are of."""
+        """Weights of one stage under the whole model's names, in `room` if there is some; the round they are of."""
         hosts = [offer for offer in offers if offer.span == plan.span]
         last: Exception = NoRoute(f"nobody holds blocks {plan.span}", ((plan.span.start, plan.span.end),))
         for offer in hosts:
             try:
                 link = await self._rpc.connect(offer.peer, offer.addresses)
-                return await self._from(link, plan, names, round_)
+                return await self._from(link, plan, names, round_, room)
             except RemoteError as error:
                 log.info("no weights from peer=%s error=%r", offer.peer[-6:], str(error))
                 last = error
         raise last
 
     async def _from(
-        self, link: Link, plan: StagePlan, names: Collection[str], round_: int
+        self, link: Link, plan: StagePlan, names: Collection[str], round_: int, room: torch.Tensor | None
     ) -> tuple[dict[str, torch.Tensor], int]:
         found = {}
         for entry in plan.layout.entries:
             if entry.name in names:
-                flat, round_ = await self._entry(link, entry, round_)
+                count = entry.place.stop - entry.place.start
+                flat = torch.empty(count) if room is None else room[entry.place]
+                round_ = await self._fill(flat, link, entry, round_)
                 found[plan.tied.get(entry.name, entry.name)] = flat.view(entry.shape)
         return found, round_
 
-    async def _entry(self, link: Link, entry: Entry, round_: int) -> tuple[torch.Tensor, int]:
-        flat = torch.empty(entry.place.stop - entry.place.start)
+    async def _fill(self, flat: torch.Tensor, link: Link, entry: Entry, round_: int) -> int:
         for start in range(0, len(flat), MAX_CHUNK):
             part = flat[start : start + MAX_CHUNK]
             message = Weights(self._key, round_, entry.start + start, len(part))
@@ -121,7 +137,22 @@ class Fetcher:
                 raise BadTensor("weights that are not what was asked for", link.peer)
             part.copy_(weights)
             round_ = answer.round
-        return flat, round_
+        return round_
+
+
+def room_on_disk(folder: Path, count: int) -> torch.Tensor:
+    """Room for `count` float32 values beside `folder`: in a file without a name, which ends with the tensor.
+
+    Raises `DiskFull`.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=f".{folder.name}.") as file:
+            if hasattr(os, "posix_fallocate"):  # a mapped page that cannot be written would end this process
+                os.posix_fallocate(file.fileno(), 0, 4 * count)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
+    except OSError as error:
+        raise DiskFull(f"no room for the weights beside {folder}: {error}") from error
 
 
 def saved_weights(run: Run, plans: Sequence[StagePlan], folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -178,7 +209,7 @@ def write_model(
         top.tie_weights(recompute_mapping=False)
     part = folder.with_name(f".{folder.name}.part")
     try:
-        top.save_pretrained(part)
+        top.save_pretrained(part, max_shard_size=SHARD)
         tokenizer.save_pretrained(part)
         _exchange(part, folder)
     except OSError as error:
