@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from swarm.directory.sampling import (
     DOUBT,
+    ENOUGH,
     LOT_BITS,
     Table,
     blocks_of,
@@ -23,6 +24,7 @@ from swarm.directory.sampling import (
     population,
     root_keeps,
     slice_name,
+    slice_names,
     slice_width,
 )
 from swarm.directory.sampling import lot as lot_of
@@ -71,15 +73,32 @@ def for_route(num_blocks: int, place: Coordinate | None, ticket: int) -> Reading
     crowded = [bucket for bucket in buckets if is_crowded(roots[Table(bucket)])]
     if not crowded:
         return offers
-    slices = [Table(b, slice_name(slice_width(population(roots[Table(b)])), ticket)) for b in crowded]
+    widths = {bucket: slice_width(population(roots[Table(bucket)])) for bucket in crowded}
+    slices = [Table(bucket, slice_name(width, ticket)) for bucket, width in widths.items()]
     near = yield [*slices, *(Table(bucket, cell) for bucket in crowded for cell in cells)]
     offers += [offer for found in near.values() for offer in found]
-    finest = [Table(bucket, cell) for bucket in crowded for cell in cells[-1:]]
-    widths = [(table, cell_slice_width(near[table], blocks_of(table.bucket, num_blocks))) for table in finest]
-    if wanted := [Table(bucket, slice_name(width, ticket, cell)) for (bucket, cell), width in widths if width]:
-        fine = yield wanted
-        offers += [offer for found in fine.values() for offer in found]
-    return offers
+    found = {**roots, **near}
+    wanted = [
+        table
+        for bucket, width in widths.items()
+        for table in _until_enough(bucket, width, found, cells, ticket, num_blocks)
+    ]
+    more = (yield wanted) if wanted else {}
+    return offers + [offer for each in more.values() for offer in each]
+
+
+def _until_enough(
+    bucket: int, width: int, found: Found, cells: Sequence[str], ticket: int, num_blocks: int
+) -> list[Table]:
+    """More slices of a range of blocks, so that who reads has about `ENOUGH`: of those nearby, if they are many."""
+    left = ENOUGH - sum(len(offers) for table, offers in found.items() if table.bucket == bucket)
+    near = found[Table(bucket, cells[-1])] if cells else []
+    if fine := cell_slice_width(near, blocks_of(bucket, num_blocks)):
+        names = slice_names(fine, ticket, left / len(near), cells[-1])
+    else:
+        first = found[Table(bucket, slice_name(width, ticket))]
+        names = slice_names(width, ticket, 1 + left / max(len(first), 1))[1:]
+    return [Table(bucket, name) for name in names]
 
 
 def for_survey(num_blocks: int, tickets: Sequence[int] | None) -> Reading[list[Part]]:

@@ -4,10 +4,11 @@ The offers for a range of `BUCKET` blocks lie in its root table as long as they 
 Where they are many, the root keeps a bounded number of them, chosen by `root_keeps`, a function of what lies in it: so
 each peer, when it is about to renew its offer, reads the table and finds out for itself whether it still belongs there.
 All of them are then found in slices, by the lots of the peers, of which there are as many as the root itself shows to
-be necessary (`population`); and the best of those in one place, in tables of that place, one for each cell of three
-grids over the space of network coordinates. A client reads the root, one slice by a ticket of its own, and the tables
-around it: however many peers there are, it reads about as many offers, most are of peers near it or fast ones, and
-nobody is in none that somebody reads. `swarm.directory.reading` says who reads and writes what, in which order.
+be necessary (`population`); and the best of those in one place, in tables of that place, one for each cell of two
+grids over the space of network coordinates. A client reads the root, the tables around it, and slices by a ticket of
+its own until it has read enough: however many peers there are, it reads as many offers, those of fast peers and of
+near ones among them, and nobody is in none that somebody reads. `swarm.directory.reading` says who reads and writes
+what, in which order.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ BUCKET = 16  # blocks that share tables
 ROOT = 24  # offers that a root table may hold whatever they are
 SLICE = 28  # offers in a slice, about, at most
 MAX_WIDTH = 16  # bits of a slice's number
-CELLS = (0.1, 0.05, 0.025)  # edges of the grids' cells, in seconds of round trip
+CELLS = (0.1, 0.025)  # edges of the grids' cells, in seconds of round trip
 FASTEST = 5  # offers that a table keeps for each block because nobody serves it faster
-DRAWN = 5  # and, in a table of a place, by lot, so that no client depends on a few peers that all others know too
+DRAWN = 3  # and, in a table of a place, by lot, so that no client depends on a few peers that all others know too
 DOUBT = 1.25  # how much more or less than we somebody else may count, who reads the table a moment later
+ENOUGH = 115  # records that a client reads for a range of blocks, about, where there are so many
 LOT_BITS = 64
 
 
@@ -108,6 +110,13 @@ def slice_name(width: int, number: int, cell: str = "") -> str:
     return f"{cell}/{width}/{number >> (LOT_BITS - width)}"
 
 
+def slice_names(width: int, ticket: int, count: float, cell: str = "") -> list[str]:
+    """So many slices, or as many as there are, from that of a ticket on; none where `count` is less than one."""
+    first, all_of_them = ticket >> (LOT_BITS - width), 1 << width
+    numbers = [(first + place) % all_of_them for place in range(min(int(count), all_of_them))]
+    return [slice_name(width, number << (LOT_BITS - width), cell) for number in numbers]
+
+
 # --- what is near -----------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +155,7 @@ def cell_slice_width(kept: Collection[Offer], blocks: Span, doubt: float = 1.0) 
         lots = nsmallest(DRAWN, (lot(offer.peer) for offer in kept if block in offer.span))
         hosts.append((DRAWN - 1) * 2.0**LOT_BITS / max(lots[-1], 1) if len(lots) == DRAWN else 0.0)
     count = doubt * statistics.median(hosts)
-    return min(max(0, math.floor(math.log2(max(count, 1.0) / (FASTEST + DRAWN)))), MAX_WIDTH)
+    return min(max(0, math.floor(math.log2(max(2 * count, 1.0) / (FASTEST + DRAWN)))), MAX_WIDTH)
 
 
 def _token_seconds(offer: Offer) -> float:
