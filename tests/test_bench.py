@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ import typer
 from benches import BENCHES
 from benches.plan import Plan, machine, versions
 from benches.rows import Must, Rounds, Row, exit_code, spread, table
-from benches.soak import theil_sen
+from benches.soak import slope_of
 from processes import Failed
 from rich.console import Console
 from typer.testing import CliRunner
@@ -92,10 +93,17 @@ def test_quick_means_fewer_rounds() -> None:
     assert quiet_plan(quick=True).rounds(1) == 1
 
 
-def test_the_slope_through_samples_does_not_mind_a_few_that_are_far_off() -> None:
-    line = [(x, 3.0 * x + 1.0) for x in range(20)]
-    assert theil_sen(line) == pytest.approx(3.0)
-    assert theil_sen([*line[:5], (5, 900.0), (6, -100.0), *line[7:]]) == pytest.approx(3.0)
+def test_the_slope_of_memory_does_not_mind_single_samples_and_says_how_sure_it_is() -> None:
+    chance = random.Random(0)
+    minutes = [second / 60 for second in range(400)]
+    growing = [300 + 3.0 * minute + chance.gauss(0, 1) for minute in minutes]
+    growing[50], growing[60] = 900.0, 0.0
+    slope, highest = slope_of(minutes, growing)
+    assert slope == pytest.approx(3.0, abs=0.3)
+    assert slope < highest < 3.6
+    slope, highest = slope_of(minutes, [300 + chance.gauss(0, 1) for _ in minutes])
+    assert slope == pytest.approx(0.0, abs=0.3)
+    assert 0.0 < highest < 0.5
 
 
 def test_a_row_as_json() -> None:
