@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -63,6 +63,12 @@ def prompt(folder: Path, tokens: int = PROMPT_TOKENS) -> torch.Tensor:
         ids += tokenizer(topics["assignment"])["input_ids"]
     assert len(ids) >= tokens
     return torch.tensor([ids[:tokens]])
+
+
+def begun_elsewhere(ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same tokens, each time from another one on: of what peers still hold of the last, nothing can be used."""
+    for start in itertools.count():
+        yield ids.roll(-start, dims=1)
 
 
 def whole_model(folder: Path) -> Any:
