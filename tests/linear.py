@@ -1,6 +1,6 @@
 """The smallest thing that trains: parameters drawn to the samples' targets, with momentum. Real members around it.
 
-Run as `python linear.py JSON`: one member in a process of its own, which ends when its stdin does.
+Run as `python linear.py FD`: a nursery, which makes members as processes of their own (`nurse`).
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -265,16 +268,17 @@ class LinearTrainer:
         await self.rpc.close()
 
 
-async def main(stage: int, length: int, plan: dict[str, Any], spoil: str) -> None:
-    """One member: tells where it listens, is told line by line where the members are."""
+async def main(ours: socket.socket, stage: int, length: int, plan: dict[str, Any], spoil: str) -> None:
+    """One member: tells where it listens, is told line by line where the members are, and ends with the last one."""
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {stage} %(message)s")
     known: dict[PeerId, Endpoint] = {}
     member = LinearMember(Plan(RUN, **plan), stage, length, lambda: known)
     member.replica.spoil = SPOILS[spoil]
     endpoint = await member.start()
-    print(json.dumps([endpoint.peer, endpoint.addresses[0][1]]), flush=True)
-    while line := await asyncio.to_thread(sys.stdin.readline):
+    reader, writer = await asyncio.open_connection(sock=ours)
+    writer.write(json.dumps([endpoint.peer, endpoint.addresses[0][1]]).encode() + b"\n")
+    while line := await reader.readline():
         known.update({PeerId(peer): Endpoint(peer, [(HOST, port)]) for peer, port in json.loads(line)})
     await member.close()
 
@@ -292,6 +296,26 @@ SPOILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "slow": _slowly,
 }
 
+
+def nurse(wishes: socket.socket) -> None:
+    """Fork a member for each set of arguments that comes with a socket for it: torch is imported once for all.
+
+    Answered by its process id. Ends when the other side does.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who are killed
+    while True:
+        arguments, sockets, _, _ = socket.recv_fds(wishes, 1 << 16, 1)
+        if not arguments:
+            return
+        if (child := os.fork()) == 0:
+            wishes.close()
+            try:
+                asyncio.run(main(socket.socket(fileno=sockets[0]), **json.loads(arguments)))
+            finally:
+                os._exit(0)
+        os.close(sockets[0])
+        wishes.send(str(child).encode())
+
+
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    asyncio.run(main(**arguments))
+    nurse(socket.socket(fileno=int(sys.argv[1])))

@@ -36,6 +36,29 @@ def test_one_of_two_left_without_its_trainer_begins_anew_and_counts_nothing_twic
     play(seed, [("kill", 2, Phase.AVERAGE), ("kill_a_trainer", 2, Phase.DECIDE)])
 
 
+@pytest.mark.parametrize("fault", ["kill", "stall"])
+def test_a_replica_that_is_lost_in_the_middle_of_averaging_costs_seconds(fault: str) -> None:
+    async def main() -> float:
+        crew = VirtualCrew(2)
+        for _ in range(3):
+            await crew.join(0)
+        crew.new_trainer()
+        try:
+            assert await crew.until(lambda: crew.now() == (2, Phase.AVERAGE), 60.0)
+            began, victim = asyncio.get_running_loop().time(), list(crew.members)[1]
+            if fault == "kill":
+                await crew.kill(victim)
+            else:
+                crew.network.stall(victim)
+            others = [member.replica for peer, member in crew.members.items() if peer != victim]
+            assert await crew.until(lambda: min(replica.round for replica in others) >= 3, 60.0)
+            return asyncio.get_running_loop().time() - began
+        finally:
+            await crew.close()
+
+    assert in_virtual_time(2, main()) < 8.0
+
+
 def everything(crew: VirtualCrew) -> Iterable[int]:
     return range(crew.plan.count)
 

@@ -10,6 +10,7 @@ their way, and what the allocator keeps.
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 from processes import LocalSwarm
@@ -21,6 +22,7 @@ from benches.trainees import training, write_run
 
 MUST = Must("ratio", "<=", 1.25)
 ROUNDS = 3
+SETTLED = 12.0  # seconds after which a donor has given back the copy that the later one of the two has taken
 TRAINED = 4  # rounds of a run
 CONFIG = """\
 hidden_size = {hidden}
@@ -55,12 +57,14 @@ def _peak(sizes: dict[str, int], more: str) -> float:
         saving = f"{more}\n[checkpoint]\nevery = 2\nkeep = 1\nfolder = '{local.folder / 'saved'}'\n"
         file = write_run(local.folder, "bench-trainmemory", '["0:8"]', 1, 4, 64, CONFIG.format(**sizes), saving)
         peers = [local.train(file, "--stage", "0") for _ in range(2)]
-        with training(file, local) as trainees, _Watch(peers[0].pid) as watch:
+        with training(file, local) as trainees:
             while trainees.next_round().peers != [2]:
                 continue
-            for _ in range(TRAINED):
-                trainees.next_round()
-            return watch.most
+            time.sleep(SETTLED)
+            with _Watch(peers[0].pid) as watch:
+                for _ in range(TRAINED):
+                    trainees.next_round()
+                return watch.most
 
 
 class _Watch:
