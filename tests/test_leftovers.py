@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from arithmetic import ArithmeticModel
 from inprocess import save_llama
-from virtualswarm import LEASE_SECONDS, MODEL, Directory, VirtualPeer, VirtualSwarm, client_name
+from virtualswarm import LEASE_SECONDS, MODEL, Directory, Load, VirtualPeer, VirtualSwarm, client_name
 
 from peer.stage import PAGE
 from swarm.errors import NoRoom, NoRoute
@@ -30,7 +31,6 @@ SPANS = [Span(0, 1), Span(1, 2), Span(0, 1), Span(1, 2)]
 CACHE_TOKENS = 320  # of a peer
 CLIENTS = 20  # in a wave
 SESSIONS = 3  # of a client
-HIDDEN = 32
 
 
 def census() -> Counter[str]:
@@ -66,8 +66,9 @@ def _attributes(one: object) -> list[str]:
 class Crowd:
     """Clients that come in waves; of each wave some end as they should, and some in every other way."""
 
-    def __init__(self, swarm: VirtualSwarm, seed: int) -> None:
+    def __init__(self, swarm: VirtualSwarm, seed: int, width: int) -> None:
         self.swarm = swarm
+        self._width = width  # of the hidden states
         self.ends = Counter[str]()
         self._chance = random.Random(seed)
         self._numbers = iter(range(1_000_000))
@@ -106,8 +107,8 @@ class Crowd:
         )
 
         async def steps() -> None:
-            await session.step(torch.rand(rows, 20, HIDDEN), StepMeta(0, keep=1))
-            await session.step(torch.rand(rows, 1, HIDDEN), StepMeta(20, keep=1))
+            await session.step(torch.ones(rows, 20, self._width), StepMeta(0, keep=1))
+            await session.step(torch.ones(rows, 1, self._width), StepMeta(20, keep=1))
 
         stepping = asyncio.ensure_future(steps())
         if end == "cancelled":
@@ -127,17 +128,26 @@ def _now() -> float:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Load:
     torch.set_num_threads(1)
     folder: Path = tmp_path_factory.mktemp("llama")
     save_llama(folder, num_hidden_layers=2)
-    return folder
-
-
-@pytest.mark.parametrize("waves", [3])
-def test_what_is_kept_does_not_grow_with_those_who_came_and_went(folder: Path, waves: int) -> None:
     models = {span: load_stage(folder, span, dtype=torch.float32) for span in set(SPANS)}
-    swarm = VirtualSwarm(SPANS, seed=1, cache_tokens=CACHE_TOKENS, load=lambda span: models[span])
+    return lambda span: models[span]
+
+
+def test_what_is_kept_does_not_grow_with_those_who_came_and_went(llama: Load) -> None:
+    leave_nothing(llama, waves=3)
+
+
+@pytest.mark.slow
+def test_nor_with_thousands_of_sessions() -> None:
+    leave_nothing(ArithmeticModel, waves=34)
+
+
+def leave_nothing(load: Load, waves: int) -> None:
+    """What there is after so many waves is what there was after the first."""
+    swarm = VirtualSwarm(SPANS, seed=1, cache_tokens=CACHE_TOKENS, load=load)
 
     def holds() -> dict[str, int]:
         peers: list[VirtualPeer] = [swarm.peers[number] for number in range(len(SPANS))]
@@ -148,7 +158,7 @@ def test_what_is_kept_does_not_grow_with_those_who_came_and_went(folder: Path, w
         swarm.network, swarm.directory = LoopbackNetwork(1, 0.005), Directory()
         for number in range(len(SPANS)):
             await swarm._start(number)
-        crowd = Crowd(swarm, seed=1)
+        crowd = Crowd(swarm, seed=1, width=load(SPANS[0]).hidden_size)
         await crowd.wave()
         before, held = census(), holds()
         for _ in range(waves - 1):
@@ -157,7 +167,7 @@ def test_what_is_kept_does_not_grow_with_those_who_came_and_went(folder: Path, w
         more["torch.Tensor"] -= CACHE_TOKENS // PAGE * len(SPANS)  # what came out of pages that can be used again
         assert {kind: count for kind, count in more.items() if count > 8} == {}
         assert holds() == held
-        assert min(crowd.ends[end] for end in ("closed", "cancelled", "left", "killed")) >= 5
+        assert min(crowd.ends[end] for end in ("closed", "cancelled", "left", "killed")) >= 5 * waves
         assert sum(crowd.ends.values()) >= SESSIONS * CLIENTS * waves
         for number in range(len(SPANS)):
             await swarm.peers[number].end()
