@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-LONGEST = 6  # tokens that are looked for, at most
+LONGEST = 10  # tokens that are looked for, at most: of longer runs there is no more to be told
 
 
 class Lookup:

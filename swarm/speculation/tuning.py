@@ -27,7 +27,7 @@ _MUCH = 8.0  # times a draft's own cost: what a trip has to cost before drafting
 
 # Acceptance by kind, before it was seen: between that of answers that repeat their question (SmolLM2-135M-Instruct,
 # four passages of Python's help summarised, four functions of its library edited) and that of four free ones.
-_PRIOR = (0.6, 0.12, 0.45, 0.5, 0.6, 0.65, 0.8)
+_PRIOR = (0.6, 0.12, 0.45, 0.5, 0.6, 0.65, 0.8, 0.85, 0.9, 0.92, 0.95)
 _PRIOR_WEIGHT = 4.0  # tokens that this is worth
 _MEMORY = 0.97  # how much of what was seen is left after each further token of that kind
 
