@@ -175,7 +175,7 @@ class Node:
         await self._serve(self._announcer.offer.span)
         self._tasks.append(asyncio.create_task(self._keep()))
         self._tasks.append(asyncio.create_task(self._keep_bearings()))
-        self._tasks.append(asyncio.create_task(_keep_memory()))
+        self._tasks.append(asyncio.create_task(keep_memory()))
         if count is not None and self.settings.look_seconds:
             self._tasks.append(asyncio.create_task(self._move(count)))
 
@@ -384,7 +384,7 @@ async def close_all(*parts: Rpc | Executor | Discovery | None) -> None:
             log.warning("not closed cleanly error=%r", outcome)
 
 
-async def _keep_memory() -> None:
+async def keep_memory() -> None:
     """Stay as small as what is in use, whoever comes and goes."""
     from peer.capacity import keep_small
 

@@ -18,7 +18,7 @@ import swarm
 from peer.cache import Leases
 from peer.config import TrainSettings, parse_address
 from peer.executor import Executor
-from peer.node import addresses_of, close_all, start_discovery
+from peer.node import addresses_of, close_all, keep_memory, start_discovery
 from swarm.agreement.roster import replicas
 from swarm.discovery import Discovery
 from swarm.errors import RemoteError, ShoalError, UsageError
@@ -87,6 +87,7 @@ class TrainNode:
         self._told = -math.inf
         self._offer: Offer | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._releaser: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
@@ -129,6 +130,7 @@ class TrainNode:
         await self._look_around()
         self.member.start()
         self._keeper = asyncio.create_task(self._keep())
+        self._releaser = asyncio.create_task(keep_memory())  # a copy for a newcomer leaves gaps behind
         log.info("holding stage=%d of run=%s", number, self.run.name)
 
     def _load(self, number: int) -> tuple[TrainingStage, Plan]:
@@ -242,8 +244,9 @@ class TrainNode:
 
     async def close(self) -> None:
         """Withdraw the offer and end everything."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        for task in (self._keeper, self._releaser):
+            if task is not None:
+                task.cancel()
         self.failed.cancel()
         if self.member is not None:
             await self.member.close()
