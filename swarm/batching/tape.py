@@ -36,7 +36,9 @@ class Unrecorded(Exception):
 
 def opaque(function: F) -> F:
     """Have `function` stand in a tape as it is: for what depends on more than the tensors it is given."""
-    return cast(F, wrap_torch_function(_tensors_in)(function))
+    wrapped = wrap_torch_function(_tensors_in)(function)
+    wrapped.bare = function  # type: ignore[attr-defined] # what a tape asks: nobody records it again
+    return cast(F, wrapped)
 
 
 def _tensors_in(*args: Any, **kwargs: Any) -> list[Any]:
@@ -91,7 +93,7 @@ class Recorder(TorchFunctionMode):
             raise Unrecorded(f"{_name(func)} looks into a tensor")
         given = [*map(self._expression, args)]
         given += [f"{name}={self._expression(value)}" for name, value in kwargs.items()]
-        call = f"{self._bind(func)}({', '.join(given)})"
+        call = f"{self._bind(getattr(func, 'bare', func))}({', '.join(given)})"
         if output is None or id(output) in self._names:
             if output is None or _changes(func):
                 self._lines.append(call)
