@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from processes import LocalSwarm
 
-from benches.generation import NEW_TOKENS, generate, prompt, whole_model
+from benches.generation import NEW_TOKENS, begun_elsewhere, generate, prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Row
 from swarm.client import SwarmModelForCausalLM
@@ -44,11 +44,14 @@ def _through(kind: str, plan: Plan, checkpoint: Checkpoint, whole: Any, ids: tor
         with SwarmModelForCausalLM.from_pretrained(checkpoint.folder, **options) as model:
             expected = generate(whole, ids).tokens  # the first of either warms up
             found = generate(model, ids).tokens
+            prompts, same_prompts = begun_elsewhere(ids), begun_elsewhere(ids)
+            next(prompts)  # which peers still hold some of
+            next(same_prompts)
             rounds = plan.alternate(
                 case,
                 plan.rounds(ROUNDS),
-                lambda: NEW_TOKENS / generate(model, ids).seconds,
-                lambda: NEW_TOKENS / generate(whole, ids).seconds,
+                lambda: NEW_TOKENS / generate(model, next(prompts)).seconds,
+                lambda: NEW_TOKENS / generate(whole, next(same_prompts)).seconds,
             )
     pairs = enumerate(zip(found, expected, strict=True))
     alike = next((index for index, (left, right) in pairs if left != right), NEW_TOKENS)

@@ -1,17 +1,20 @@
 """One sequence through 1, 2 and 3 stages, against the whole model in one process.
 
 A figure is the new tokens over the seconds of the whole `generate()` call, so opening the session and reading the
-prompt count. The reference is transformers' own `generate()` in the client's process, with one thread as well.
+prompt count; every round has another prompt, so that peers have nothing of it yet. The reference is transformers' own
+`generate()` in the client's process, with one thread as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from processes import LocalSwarm
 
-from benches.generation import NEW_TOKENS, PROMPT_TOKENS, generate, prompt, whole_model
+from benches.generation import NEW_TOKENS, PROMPT_TOKENS, begun_elsewhere, generate, prompt, whole_model
 from benches.plan import Plan
 from benches.rows import Must, Row
 from swarm.client import SwarmModelForCausalLM
@@ -46,18 +49,20 @@ def _through(stages: int, plan: Plan, checkpoint: Checkpoint, whole: Any, ids: t
 
 
 def _compare(plan: Plan, case: str, must: Must, model: Any, whole: Any, ids: torch.Tensor) -> list[Row]:
-    expected = generate(whole, ids).tokens  # the first of either warms up
-    equal = [generate(model, ids).tokens == expected]
+    answers: dict[str, list[list[int]]] = {"swarm": [], "whole": []}
 
-    def through_the_swarm() -> float:
-        generated = generate(model, ids)
-        equal.append(generated.tokens == expected)
+    def speed(name: str, of: Any, prompts: Iterator[torch.Tensor]) -> float:
+        generated = generate(of, next(prompts))
+        answers[name].append(generated.tokens)
         return NEW_TOKENS / generated.seconds
 
-    rounds = plan.alternate(
-        case, plan.rounds(ROUNDS), through_the_swarm, lambda: NEW_TOKENS / generate(whole, ids).seconds
-    )
-    share = sum(equal) / len(equal)
+    through_the_swarm = partial(speed, "swarm", model, begun_elsewhere(ids))
+    alone = partial(speed, "whole", whole, begun_elsewhere(ids))
+    for warming_up in (through_the_swarm, alone):
+        warming_up()
+    rounds = plan.alternate(case, plan.rounds(ROUNDS), through_the_swarm, alone)
+    pairs = list(zip(answers["swarm"], answers["whole"], strict=True))
+    share = sum(found == expected for found, expected in pairs) / len(pairs)
     return [
         rounds.row(case, "tokens/s", must),
         Row(f"{case}, equal answers", share, "of all", must=Must("value", "==", 1.0)),
