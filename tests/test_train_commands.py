@@ -11,6 +11,10 @@ from processes import LocalSwarm
 from runs import run_text, save_run
 from transformers import AutoModelForCausalLM
 
+from swarm.console.trainshow import gather_saved
+from swarm.errors import UsageError
+from swarm.runs.run import load
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # it starts seven processes, one after another
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWBzPTxnLRtQrUsYkzxnBQBGkjjRnCNZB2UYbBbGnqjnF5"
@@ -46,9 +50,8 @@ def test_what_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:
     assert "there is no run file" in refused("peer", "train", tmp_path / "nowhere.toml")
     assert "--stage 3: the run has stages 0 to 0" in refused("peer", "train", file, "--stage", 3)
     assert "gather from a swarm" in refused("swarm", "gather", file, tmp_path / "out")
-    assert "there is no folder" in refused("swarm", "gather", file, tmp_path / "out", "--checkpoints", tmp_path / "no")
-    file.write_text(run_text() + "\nrounds = [")
-    assert "is no TOML" in refused("swarm", "train", file, "--initial-peers", NOBODY)
+    with pytest.raises(UsageError, match="there is no folder"):
+        gather_saved(load(file), tmp_path / "no", tmp_path / "out")
     file.write_text(run_text(more='\n[data]\nsource = "nowhere.txt"\n'))
     assert "there is no file or folder nowhere.txt" in refused("swarm", "train", file, "--initial-peers", NOBODY)
     before, _, rest = run_text().partition("[model.config]")
