@@ -207,7 +207,7 @@ class SwarmModelForCausalLM:
             chain.priority = priority
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
-            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin(), quantize=kind)
+            model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin(), quantize=kind, packed=True)
         except BaseException:
             background.close()
             raise

@@ -15,7 +15,7 @@ from swarm.cutting.verdict import check_cut, examine
 from swarm.errors import UsageError
 from swarm.files.checkpoint import Checkpoint
 from swarm.quantization.loading import load_quantized, quantize_head
-from swarm.quantization.packed import pack
+from swarm.quantization.packed import pack, pack_head
 from swarm.quantization.store import QuantStore
 from swarm.quantization.weights import Kind
 from swarm.types import Span
@@ -89,6 +89,7 @@ def load_ends(
     device: str | torch.device = "cpu",
     mixin: type | None = None,
     quantize: Kind | None = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """The model in `folder` with `chain` in place of its blocks: embeddings, final norm and head are its own.
 
@@ -99,6 +100,7 @@ def load_ends(
         dtype: of the weights and the hidden states.
         device: where the ends run.
         quantize: keep the head's weight so, by far the largest that is read for each token here.
+        packed: or, on the CPU, have it laid out for faster products, in memory of its own.
         mixin: put before the family's class among the bases of the model's class.
 
     Raises:
@@ -115,6 +117,8 @@ def load_ends(
     if quantize is not None:
         store = QuantStore(checkpoint.model_id, quantize, dtype)
         quantize_head(skeleton.top, store, num_blocks(config), torch.device(device))
+    elif packed:
+        pack_head(skeleton.top)
     if (checkpoint.folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 

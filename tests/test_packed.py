@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from inprocess import save_random
 from test_quantized_stage import CONFIGS, SPAN, run
 from torch import nn
 
-from swarm.model import load_stage
+from swarm.model import load_ends, load_stage
 from swarm.quantization import packed
 from swarm.quantization.layers import FixedLinear, Product, weight_bytes
 from swarm.quantization.packed import Packed, Transposed
@@ -70,3 +71,22 @@ def test_a_family_that_looks_at_its_weights_sees_the_very_same(tmp_path: Path) -
         plain, stage = (load_stage(tmp_path, SPAN, dtype=dtype, packed=each) for each in (False, True))
         for name in ("layers.1.self_attn.k_proj", "layers.0.mlp.down_proj"):
             assert torch.equal(stage.model.get_submodule(name).weight, plain.model.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_clients_head_is_laid_out_too_and_its_embedding_left_alone(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.tie_word_embeddings = tied
+    save_random(tmp_path, config)
+    plain, ends = (
+        load_ends(tmp_path, lambda hidden: hidden * 2, dtype=torch.float32, packed=each) for each in (False, True)
+    )
+    assert isinstance(ends.get_output_embeddings(), FixedLinear)
+    ids = torch.arange(7)[None]
+    with torch.inference_mode():
+        found, expected = ends(input_ids=ids).logits, plain(input_ids=ids).logits
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ends.get_input_embeddings().weight, plain.get_input_embeddings().weight)
