@@ -156,6 +156,12 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
     ] = None,
+    nice: Annotated[
+        int | None,
+        typer.Option(
+            metavar="0..19", help="How far computing lets other work on this machine go first, on Linux. Default 10."
+        ),
+    ] = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
@@ -180,6 +186,7 @@ def serve(
         "stay_seconds": stay_seconds,
         "drain_timeout": drain_timeout,
         "threads": threads,
+        "nice": nice,
     }
     set_up_logging(verbose)
     with errors_told():

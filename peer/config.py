@@ -86,6 +86,7 @@ class ServeSettings(PeerSettings):
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     drain_timeout: Annotated[float, Field(ge=0.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
 
     @field_validator("blocks")
     @classmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +17,15 @@ Done = Callable[[Any, "BaseException | None"], None]
 
 
 class Executor:
-    """Runs work in one thread, in the order it was given, and tells the loop when it is done."""
+    """Runs work in one thread, in the order it was given, and tells the loop when it is done.
 
-    def __init__(self) -> None:
+    Args:
+        niceness: how far the thread, and those that torch starts for it, let other work on the machine go first, as
+            `nice` has it. On Linux alone: elsewhere a thread has no niceness of its own.
+    """
+
+    def __init__(self, niceness: int = 0) -> None:
+        self._niceness = niceness if sys.platform == "linux" else 0
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -44,6 +52,8 @@ class Executor:
         return await future
 
     def _work(self) -> None:
+        if self._niceness:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (item := self._queue.get()) is not None:
             work, done = item
             result, failure = self._run(work)

@@ -122,7 +122,7 @@ class Node:
         self.rpc = Rpc(self.transport)
         self.bearings = Bearings()
         self.rpc.timed = self.bearings.timed
-        self.executor = Executor()
+        self.executor = Executor(settings.nice)
         self.discovery: Discovery | None = None
         self.hosting: Hosting | None = None
         self.mover: Mover | None = None

@@ -14,6 +14,7 @@ import uvloop
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other in circles where cores are few
+os.environ.setdefault("SHOAL_NICE", "0")  # peers of one test are not to wait for what another computes
 
 settings.register_profile("shoal", deadline=None)  # other work on the machine is no failure
 settings.load_profile("shoal")

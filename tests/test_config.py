@@ -63,6 +63,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "lease_seconds": ("2.5", 2.5),
     "drain_timeout": ("5", 5.0),
     "threads": ("3", 3),
+    "nice": ("5", 5),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -21,6 +23,16 @@ async def executor(nothing_left: None) -> AsyncIterator[Executor]:
     executor = Executor()
     yield executor
     await executor.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+async def test_its_thread_can_let_others_go_first(nothing_left: None) -> None:
+    executor = Executor(niceness=7)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found = await executor.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    await executor.close()
+    assert found == 7
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
 async def test_it_runs_in_one_thread_in_the_order_given(executor: Executor) -> None:
