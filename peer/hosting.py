@@ -66,7 +66,7 @@ class Hosting:
 
     async def host(self, span: Span) -> Capacity:
         """Load `span` and serve it. Raises what loading raises, and `UsageError` where the cache would not fit."""
-        from peer.capacity import cache_tokens, host_tokens
+        from peer.capacity import cache_tokens, host_tokens, keep_small
         from peer.server import Server
         from peer.stage import PAGE
 
@@ -84,6 +84,7 @@ class Hosting:
         )
         self.server.load = Load(capacity.seconds_per_block)
         self.server.tokens = before.tokens if before else 0
+        await self._executor.run(keep_small)  # what loading has left behind
         gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
         return capacity
 

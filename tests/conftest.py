@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,9 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other in circles where cores are few
 os.environ.setdefault("SHOAL_NICE", "0")  # peers of one test are not to wait for what another computes
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: commands would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("shoal", deadline=None)  # other work on the machine is no failure
 settings.load_profile("shoal")

@@ -49,7 +49,7 @@ def wait(swarm: Swarm, true: Callable[[], bool]) -> None:
     """Wait for what no event tells of."""
 
     async def until() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(50):
             while not true():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
