@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import itertools
 import logging
 import os
@@ -27,6 +26,7 @@ from swarm.errors import InUse, ShoalError, UsageError
 from swarm.files.checkpoint import Checkpoint, Progress
 from swarm.files.hub import resolve
 from swarm.identity import Identity
+from swarm.imports import import_lightly
 from swarm.routes.bearings import Bearings
 from swarm.routes.ping import bandwidth, ping
 from swarm.rpc import Rpc
@@ -400,8 +400,7 @@ def _name_of(model: str) -> str:
 
 def _import_heavy() -> None:
     """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
-    for name in ("swarm.model", "peer.capacity", "peer.server"):
-        importlib.import_module(name)
+    import_lightly("swarm.model", "peer.capacity", "peer.server")
 
 
 def _count_blocks(checkpoint: Checkpoint) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import math
 import random
@@ -24,6 +23,7 @@ from swarm.discovery import Discovery
 from swarm.errors import RemoteError, ShoalError, UsageError
 from swarm.files.checkpoint import Progress
 from swarm.identity import Identity
+from swarm.imports import import_lightly
 from swarm.rpc import Rpc
 from swarm.runs.run import Run
 from swarm.runs.terms import answer_terms, refuse_another_file
@@ -296,5 +296,4 @@ def _ignored(_: object) -> None:
 
 def _import_heavy() -> None:
     """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
-    for name in ("peer.training.stage", "peer.server", "swarm.runs.origin"):
-        importlib.import_module(name)
+    import_lightly("peer.training.stage", "peer.training.member", "peer.server", "swarm.runs.origin")

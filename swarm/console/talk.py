@@ -12,6 +12,7 @@ from rich.text import Text
 
 from swarm.console.terminal import ProgressBars, console, error_line
 from swarm.errors import ShoalError
+from swarm.imports import import_lightly
 from swarm.runs.run import load as load_run
 from swarm.types import Span
 
@@ -53,6 +54,7 @@ def talking_to(
 def _with_run(file: Path, initial_peers: list[str], wait: float, standby: int, bars: ProgressBars) -> Conversation:
     described = load_run(file)
     bars(f"joining the swarm of {described.name}", 0, 0)
+    import_lightly("swarm.runmodel")
     from swarm.console.conversation import Conversation
     from swarm.network import Waiting
     from swarm.runmodel import open_run
@@ -74,6 +76,7 @@ def _with_model(
     from swarm.files.hub import resolve
 
     folder = resolve(model_name, bars)
+    import_lightly("swarm.client")
     from swarm.client import SwarmModelForCausalLM
     from swarm.console.conversation import Conversation, load_tokenizer
 

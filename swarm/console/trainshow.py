@@ -13,6 +13,7 @@ from rich.text import Text
 
 from swarm.console.terminal import ProgressBars, console
 from swarm.errors import RemoteError, ShoalError, UsageError
+from swarm.imports import import_lightly
 from swarm.runs.metrics import Metrics, Round
 from swarm.runs.run import Run
 
@@ -39,6 +40,7 @@ async def train_and_show(wanted: Training) -> None:
     bars = ProgressBars()
     bars("starting", 0, 0)
     try:
+        import_lightly("swarm.trainer")
         from swarm.trainer import TrainerNode
 
         node = await TrainerNode.start(wanted.run, wanted.initial_peers, wanted.in_flight, bars)
