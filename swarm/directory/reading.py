@@ -96,8 +96,9 @@ def _until_enough(
     if fine := cell_slice_width(near, blocks_of(bucket, num_blocks)):
         names = slice_names(fine, ticket, left / len(near), cells[-1])
     else:
-        first = found[Table(bucket, slice_name(width, ticket))]
-        names = slice_names(width, ticket, 1 + left / max(len(first), 1))[1:]
+        # A slice alone would mislead where its lots happen to be few. The root counts about as well, by other lots.
+        first, counted = len(found[Table(bucket, slice_name(width, ticket))]), population(found[Table(bucket)])
+        names = slice_names(width, ticket, 1 + left / ((first + counted / 2**width) / 2))[1:]
     return [Table(bucket, name) for name in names]
 
 
