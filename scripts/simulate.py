@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from simulation.engine import Simulation
 from simulation.machines import MODELS, Model, Settings
-from simulation.report import document, plot, rows_of
+from simulation.report import SETTLED, document, plot, rows_of
 
 INTERRUPTED = 130
 WIDTH = 120  # of the table, where there is no terminal to fit it into
@@ -47,8 +47,9 @@ _HELP = "\n\n".join(
         "[bold]The crowd[/]  Five times as many sessions as would fill the swarm if none had to wait share its peers' "
         "time fairly; offers are renewed forty times while a session lasts. Fewer sessions, or offers renewed less "
         "often, get less of the maximum flow. Beyond 6000 sessions, each stands for several.",
-        "Exits with 1 where a figure is not what it must be, 130 where it is interrupted. The same seed gives the "
-        "same run.",
+        "Exits with 1 where a figure is not what it must be, 130 where it is interrupted. Throughput and time per "
+        f"token are judged for up to {SETTLED} peers: a client reads as much of many more, and so knows less of what "
+        "there is. The same seed gives the same run.",
     )
 )
 
