@@ -129,6 +129,8 @@ class Hosting:
 def remarks(model: StageModel, quantize: str) -> Iterator[str]:
     if model.unbatched:
         yield f"sessions run one by one: {model.unbatched}"
-    experts = sum(weight.nbytes for weight in model.model.parameters() if weight.ndim == 3)
-    if experts and quantize != "none":
-        yield f"{experts / 1e6:.0f} MB of experts are kept in full precision: their family holds them in one tensor"
+    if quantize != "none":
+        from swarm.quantization.experts import left_whole
+
+        if left := left_whole(model.model):
+            yield f"{left / 1e6:.0f} MB of experts stay in full precision: their family has a layout of its own"

@@ -35,7 +35,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
-seeds, sizes = st.integers(0, 1000), st.floats(1e-20, 1e20)
+seeds, sizes = st.integers(0, 1000), st.floats(1e-15, 1e15)  # whose squares are float32 numbers
 
 
 @given(seed=seeds, rows=st.integers(1, 5), columns=st.integers(1, 100), size=sizes)

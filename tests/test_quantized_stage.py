@@ -15,6 +15,7 @@ from transformers import (
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -44,6 +45,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SMALL),
     "gemma3": Gemma3TextConfig(**SMALL, head_dim=16),
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+    "gpt_oss": GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=16),  # transposed, biases
     "gpt2": GPT2Config(**GPT2_SIZES, eos_token_id=2),
     "opt": OPTConfig(**{**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "bloom": BloomConfig(vocab_size=64, hidden_size=64, n_layer=3, n_head=4),
@@ -100,6 +102,30 @@ def test_no_layer_of_a_block_is_left_in_full_precision(llama: Path) -> None:
     stage = load_stage(llama, SPAN, dtype=torch.float32, quantize="int8")
     assert not [module for module in stage.model.modules() if type(module) is nn.Linear]
     assert len([module for module in stage.model.modules() if isinstance(module, FixedLinear)]) == 2 * 7
+
+
+def test_no_expert_is_left_in_full_precision(tmp_path: Path) -> None:
+    save_random(tmp_path, CONFIGS["mixtral"])
+    exact, int4 = (
+        weight_bytes(load_stage(tmp_path, SPAN, dtype=torch.float32, quantize=q).model) for q in (None, "int4")
+    )
+    assert int4 == pytest.approx(0.16 * exact, rel=0.03)
+
+
+def test_an_expert_gives_each_token_what_it_gives_it_alone(tmp_path: Path) -> None:
+    save_random(tmp_path, CONFIGS["mixtral"])
+    experts = load_stage(tmp_path, SPAN, dtype=torch.float32, quantize="int8").model.get_submodule(
+        "layers.0.mlp.experts"
+    )
+    hidden, chosen, weights = (
+        torch.randn(5, 64),
+        torch.tensor([[0, 3], [3, 1], [2, 0], [0, 1], [4, 2]]),
+        torch.rand(5, 2),
+    )
+    with torch.inference_mode():
+        together = experts(hidden, chosen, weights)
+        alone = [experts(hidden[i : i + 1], chosen[i : i + 1], weights[i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_the_memory_of_a_quantized_stage_is_told(llama: Path) -> None:

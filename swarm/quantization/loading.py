@@ -13,6 +13,7 @@ from torch import nn
 from swarm.cutting.skeleton import Skeleton
 from swarm.errors import CannotCut
 from swarm.files.checkpoint import Checkpoint
+from swarm.quantization.experts import drop, install_experts, matrices, mixtures
 from swarm.quantization.kernels import kernel_for
 from swarm.quantization.layers import FixedLinear, Product, install, linears, matrix
 from swarm.quantization.store import QuantStore
@@ -34,7 +35,7 @@ def load_quantized(
     reader: Callable[[str], Callable[[], torch.Tensor]],
     skipped: Callable[[str], None],
 ) -> None:
-    """Load what is left of `skeleton`, the linear layers of its blocks in `kind`; the rest as it is.
+    """Load what is left of `skeleton`, the linear layers and the experts of its blocks in `kind`; the rest as it is.
 
     Args:
         reader: for a tensor's name in the checkpoint, what reads it.
@@ -55,16 +56,19 @@ def load_quantized(
     for index, prefix in zip(span, prefixes, strict=True):
         names = [name for name, found in places.items() if any(key.startswith(prefix) for key in found)]
         block = skeleton.blocks[index]
+        layers, experts = linears(block), mixtures(block)
         kept = _kept(block, index, store)
         skeleton.load({name: reader(name) for name in _left(skeleton, names, skipped)}, device, prefix)
-        weights = kept or {path: _take(layer, kind) for path, layer in linears(block).items()}
+        weights = kept or _take(block, kind)
         for parameter in block.parameters():  # what stays as it is would keep the whole file mapped
             parameter.data = parameter.data.clone()
         checkpoint.unmap()
         if kept is None:
             store.write(index, weights)
-        install(block, weights, lambda family: kernel_for(joined(family), device), device)
-        del kept, weights
+        own = {path: weights[path] for path in layers}
+        install(block, own, lambda family: kernel_for(joined(family), device), device)
+        install_experts(block, experts, weights, lambda weight: kernel_for(weight, device), device)
+        del layers, experts, kept, own, weights
         _return_memory()
     rest = [name for name, found in places.items() if not any(key.startswith(tuple(prefixes)) for key in found)]
     skeleton.load({name: reader(name) for name in rest}, device)
@@ -91,12 +95,14 @@ def quantize_head(model: PreTrainedModel, store: QuantStore, index: int, device:
 def _kept(block: nn.Module, index: int, store: QuantStore) -> dict[str, QuantizedWeight] | None:
     """The block's weights from an earlier start, which are then not loaded again; None where they are not there."""
     layers = linears(block)
-    if not layers:
-        raise CannotCut(f"block {index} has no linear layers: nothing of it can be quantized")
     shapes = {path: (matrix(layer).shape[0], matrix(layer).shape[1]) for path, layer in layers.items()}
+    shapes |= {path: (weight.shape[0], weight.shape[1]) for path, weight in matrices(block)}
+    if not shapes:
+        raise CannotCut(f"block {index} has no linear layers: nothing of it can be quantized")
     if (weights := store.read(index, shapes)) is not None:
         for layer in layers.values():
             _drop(layer)
+        drop(block)
     return weights
 
 
@@ -109,12 +115,17 @@ def _left(skeleton: Skeleton, names: list[str], skipped: Callable[[str], None]) 
     return needed
 
 
-def _take(layer: nn.Module, kind: Kind) -> QuantizedWeight:
-    """The layer's weight in few bits; in full precision it is gone."""
-    weight = quantize(matrix(layer), kind)
-    _drop(layer)
+def _take(block: nn.Module, kind: Kind) -> dict[str, QuantizedWeight]:
+    """The block's weights in few bits; in full precision they are gone."""
+    weights = {}
+    for path, layer in linears(block).items():
+        weights[path] = quantize(matrix(layer), kind)
+        _drop(layer)
+        _return_memory()
+    weights |= {path: quantize(weight, kind) for path, weight in matrices(block)}
+    drop(block)
     _return_memory()
-    return weight
+    return weights
 
 
 def _drop(layer: nn.Module) -> None:
