@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from relay import HOST, RelayProcess
@@ -35,9 +35,17 @@ class PeerProcess:
 
     Args:
         within: a command that runs another, such as `ip netns exec NAME`.
+        popen: starts it.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, identity: Path, within: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        identity: Path,
+        within: Sequence[str] = (),
+        popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
         self.log = log
         self.identity = identity
         self.within = within
@@ -48,7 +56,7 @@ class PeerProcess:
         self._command = [*within, peer, *arguments, "--identity", str(identity)]
         self._log_handle = log.open("ab")
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.process = subprocess.Popen(
+        self.process = popen(
             self._command,
             stdout=subprocess.PIPE,
             stderr=self._log_handle,
@@ -144,12 +152,19 @@ class LocalSwarm:
     Args:
         listen: where the bootstrap node does.
         one_way: seconds by which each link of the data plane is slower than this machine's loopback.
+        popen: starts what runs on this machine alone.
 
     Attributes:
         address: by which others join; of the bootstrap node, as long as nobody says otherwise.
     """
 
-    def __init__(self, listen: str = "127.0.0.1:0", one_way: float = 0.0) -> None:
+    def __init__(
+        self,
+        listen: str = "127.0.0.1:0",
+        one_way: float = 0.0,
+        popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
+        self._popen = popen
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-local-")
         self.folder = Path(self._folder.name)
         self.peers: list[PeerProcess] = []
@@ -166,7 +181,8 @@ class LocalSwarm:
     def _start(self, arguments: Sequence[str], within: Sequence[str] = (), key: Path | None = None) -> PeerProcess:
         number = len(self.peers)
         log = self.folder / f"peer-{number}.log"
-        process = PeerProcess(arguments, log, key or self.folder / f"peer-{number}.key", within)
+        popen = subprocess.Popen if within else self._popen
+        process = PeerProcess(arguments, log, key or self.folder / f"peer-{number}.key", within, popen)
         self.peers.append(process)
         return process
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inprocess import TINY, save_llama
+from nursery import Forked
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -53,15 +54,20 @@ def environment(**changes: str) -> dict[str, str]:
 def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `peer ...` or `swarm ...` to its end."""
     name, *rest = map(str, arguments)
-    return subprocess.run(
+    popen = Forked if all(name.startswith("SHOAL_") for name in variables) else subprocess.Popen
+    with popen(
         [command(name), *rest],
-        input=stdin,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=COMMAND_SECONDS,
         env=environment(**variables),
-        check=False,
-    )
+    ) as process:
+        try:
+            told, complained = process.communicate(stdin, COMMAND_SECONDS)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(arguments, process.returncode, told, complained)
 
 
 def refused(*arguments: object, **options: Any) -> str:

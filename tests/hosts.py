@@ -14,6 +14,7 @@ import psutil
 import torch
 from commands import save_talking
 from inprocess import AtStep
+from nursery import Forked
 from processes import LocalSwarm, PeerProcess, terminated_like_interrupted
 from transformers import LogitsProcessorList
 
@@ -123,9 +124,9 @@ class Hosts:
 
 
 @contextmanager
-def clean_swarm(listen: str = "127.0.0.1:0") -> Iterator[LocalSwarm]:
+def clean_swarm(listen: str = "127.0.0.1:0", popen: Any = Forked) -> Iterator[LocalSwarm]:
     """A swarm of processes, and the proof that it leaves nothing behind."""
-    with terminated_like_interrupted(), LocalSwarm(listen) as swarm:
+    with terminated_like_interrupted(), LocalSwarm(listen, popen=popen) as swarm:
         yield swarm
         seen = {each: daemon_folders(each) for peer in swarm.peers for each in family(peer)}
     assert until(lambda: not [each for each in seen if alive(each)], SLACK)

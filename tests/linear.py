@@ -1,6 +1,6 @@
 """The smallest thing that trains: parameters drawn to the samples' targets, with momentum. Real members around it.
 
-Run as `python linear.py FD`: a nursery, which makes members as processes of their own (`nurse`).
+Run as `python linear.py ARGUMENTS`, it is one member; its stdin is a socket to whoever started it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -271,7 +270,7 @@ class LinearTrainer:
 async def main(ours: socket.socket, stage: int, length: int, plan: dict[str, Any], spoil: str) -> None:
     """One member: tells where it listens, is told line by line where the members are, and ends with the last one."""
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {stage} %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {stage} %(message)s", force=True)
     known: dict[PeerId, Endpoint] = {}
     member = LinearMember(Plan(RUN, **plan), stage, length, lambda: known)
     member.replica.spoil = SPOILS[spoil]
@@ -297,25 +296,5 @@ SPOILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def nurse(wishes: socket.socket) -> None:
-    """Fork a member for each set of arguments that comes with a socket for it: torch is imported once for all.
-
-    Answered by its process id. Ends when the other side does.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who are killed
-    while True:
-        arguments, sockets, _, _ = socket.recv_fds(wishes, 1 << 16, 1)
-        if not arguments:
-            return
-        if (child := os.fork()) == 0:
-            wishes.close()
-            try:
-                asyncio.run(main(socket.socket(fileno=sockets[0]), **json.loads(arguments)))
-            finally:
-                os._exit(0)
-        os.close(sockets[0])
-        wishes.send(str(child).encode())
-
-
 if __name__ == "__main__":
-    nurse(socket.socket(fileno=int(sys.argv[1])))
+    asyncio.run(main(socket.socket(fileno=os.dup(0)), **json.loads(sys.argv[1])))

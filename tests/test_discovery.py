@@ -195,6 +195,7 @@ async def test_a_withdrawn_offer_is_gone_at_once(grow: Grow) -> None:
     assert await spans(second) == ["0:8"]
 
 
+@pytest.mark.slow
 @linux
 async def test_withdrawing_takes_a_second_when_a_neighbour_stalls(grow: Grow) -> None:
     first, second, stalled = await grow(), await grow(), await grow()
@@ -207,6 +208,7 @@ async def test_withdrawing_takes_a_second_when_a_neighbour_stalls(grow: Grow) ->
     os.kill(stalled.daemon_pid, signal.SIGCONT)
 
 
+@pytest.mark.slow
 async def test_offers_are_renewed_while_their_peer_lives_and_expire_after(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +244,7 @@ def with_even_lots(count: int) -> list[Identity]:
     return list(found.values())
 
 
+@pytest.mark.slow
 async def test_a_crowd_is_read_in_slices_and_leaves_every_table_it_was_in(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +504,7 @@ async def test_orders_that_are_given_up_leave_no_connection(nothing_left: None) 
     await node.stop()
 
 
+@pytest.mark.slow
 async def test_an_initial_peer_that_says_nothing_is_named_within_ten_seconds() -> None:
     with silent_listener() as listener:
         address = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}/p2p/{Identity.generate().peer}"
@@ -583,6 +587,7 @@ def test_hivemind_leaves_the_host_programs_logging_alone() -> None:
     assert logging.getLevelName(logging.WARNING) == "WARNING"
 
 
+@pytest.mark.slow
 async def test_only_what_is_needed_of_hivemind_is_imported_and_the_rest_can_be() -> None:
     text = """
 import sys

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import COMMAND_SECONDS, environment, refused, run, save_talking
+from nursery import Forked
 from processes import LocalSwarm
 
 from swarm.identity import Identity
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bootstrap() -> Iterator[LocalSwarm]:
     """A swarm of one, which hosts nothing."""
-    with LocalSwarm() as alone:
+    with LocalSwarm(popen=Forked) as alone:
         yield alone
         begun, said = "A new swarm begins. Others join with:\n", alone.bootstrap_process.output()
         assert said.startswith(begun)

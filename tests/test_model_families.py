@@ -331,6 +331,7 @@ def test_a_family_cut_is_the_family_whole(family: str, tmp_path: Path) -> None:
     compare_engine(family, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_another_family_is_right_or_refused(family: str, tmp_path: Path) -> None:
     config = save_tiny(family, OTHERS[family], tmp_path)

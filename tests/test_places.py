@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from commands import run
 from hosts import Model, make_model, offered, until
+from nursery import Forked
 from processes import LocalSwarm, PeerProcess, terminated_like_interrupted
 
 from swarm.types import Span, State
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def swarm(model: Model) -> Iterator[LocalSwarm]:
-    with terminated_like_interrupted(), LocalSwarm() as swarm:
+    with terminated_like_interrupted(), LocalSwarm(popen=Forked) as swarm:
         yield swarm
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def swarm(model: Model, small: Model) -> Iterator[LocalSwarm]:
     """Two peers for each half of `model`, and one with a cache of 96 tokens for `small`."""
-    with clean_swarm() as swarm:
+    with clean_swarm(popen=subprocess.Popen) as swarm:
         for blocks in ("0:3", "3:6", "3:6"):
             swarm.serve(str(model.folder), "--blocks", blocks)
         swarm.serve(str(small.folder), "--cache-tokens", "96", "--lease-seconds", "2")
@@ -337,29 +337,32 @@ def script(swarm: LocalSwarm, model: Model, lines: str) -> Iterator[subprocess.P
             process.kill()
 
 
-@pytest.mark.parametrize(
-    ("lines", "code", "said"),
-    [
-        ("print(generate(4).shape[1]); model.close()", 0, ""),
-        ("print(generate(4).shape[1])", 0, ""),
-        ("print(generate(4).shape[1]); raise RuntimeError('mine')", 1, "RuntimeError: mine"),
-        ("print(generate(4).shape[1]); sys.exit(3)", 3, ""),
-        (
-            "threading.Thread(target=generate, args=(7000, Told()), daemon=True).start(); Told.began.wait(); print(7)",
-            0,
-            None,
-        ),
-    ],
-    ids=["closed", "not-closed", "exception", "exit", "thread"],
-)
-def test_a_script_ends_when_it_ends(swarm: LocalSwarm, model: Model, lines: str, code: int, said: str | None) -> None:
-    with script(swarm, model, lines) as process:
-        told, errors = process.communicate(timeout=COMMAND_SECONDS)
-    assert process.returncode == code, errors
-    assert told.splitlines()[-1] == "7"
-    if said is not None:
-        assert (errors.splitlines() or [""])[-1] == said
-    assert "Fatal" not in errors
+_ENDINGS = {  # what follows, the exit code, the last line on stderr
+    "closed": ("model.close()", 0, ""),
+    "not closed": ("", 0, ""),
+    "exception": ("raise RuntimeError('mine')", 1, "RuntimeError: mine"),
+    "exit": ("sys.exit(3)", 3, ""),
+    "thread": (
+        "threading.Thread(target=generate, args=(7000, Told()), daemon=True).start(); Told.began.wait()",
+        0,
+        None,
+    ),
+}
+
+
+def test_a_script_ends_when_it_ends(swarm: LocalSwarm, model: Model) -> None:
+    with ExitStack() as stack:
+        running = {
+            name: stack.enter_context(script(swarm, model, f"print(generate(4).shape[1]); {lines}"))
+            for name, (lines, _, _) in _ENDINGS.items()
+        }
+        for name, (_, code, said) in _ENDINGS.items():
+            told, errors = running[name].communicate(timeout=COMMAND_SECONDS)
+            assert running[name].returncode == code, (name, errors)
+            assert told.splitlines()[0] == "7", name
+            if said is not None:
+                assert (errors.splitlines() or [""])[-1] == said, name
+            assert "Fatal" not in errors, name
 
 
 def test_ctrl_c_in_a_script(swarm: LocalSwarm, model: Model) -> None:

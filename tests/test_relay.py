@@ -16,6 +16,7 @@ import pytest
 import relay
 import torch
 from inprocess import save_llama
+from nursery import Forked
 from processes import LocalSwarm
 from relay import HOST, Relay
 
@@ -122,7 +123,7 @@ def test_no_two_peers_of_a_swarm_are_nearer_than_they_are_told_to_be(tmp_path: P
     ids = torch.tensor([[5, 17, 23, 42]])
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
     expected = whole.generate(ids, **options).tolist()
-    with LocalSwarm(one_way=ONE_WAY) as local:
+    with LocalSwarm(one_way=ONE_WAY, popen=Forked) as local:
         for blocks in ("0:3", "3:6"):
             local.serve(str(tmp_path), "--blocks", blocks)
         local.wait_online(Checkpoint(tmp_path).model_id, 6, 2)

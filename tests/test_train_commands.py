@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import refused, run
+from nursery import Forked
 from processes import LocalSwarm
 from runs import run_text, save_run
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWBzPTxnLRtQrUsYkzxnBQBGkjjRnCNZB2UYbBb
 def test_a_run_is_trained_asked_and_gathered(tmp_path: Path) -> None:
     file = save_run(tmp_path, ("0:2", "2:4"), rounds=4, more="\n[checkpoint]\nevery = 2\n")
     metrics, plot, model = tmp_path / "run.jsonl", tmp_path / "run.png", tmp_path / "model"
-    with LocalSwarm() as local:
+    with LocalSwarm(popen=Forked) as local:
         saved = ("--checkpoints", str(tmp_path / "saved"))
         for peer in [local.train(file, "--stage", stage, *saved) for stage in ("0", "1")]:
             peer.address()
