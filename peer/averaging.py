@@ -31,7 +31,7 @@ from swarm.wire import Done, Endpoint
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4  # chunks on their way to one peer at once
+WINDOW = 2  # chunks on their way to one peer at once
 FIRST_STALL = 15.0  # seconds without a sign of progress from a peer that is waited for, before any were measured
 LEAST_STALL = 1.5
 MULTIPLE = 20.0  # of the longest pause of late

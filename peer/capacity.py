@@ -13,6 +13,7 @@ import torch
 
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import UsageError
+from swarm.links.bodies import forget_spare
 from swarm.quantization.layers import weight_bytes
 from swarm.types import Span
 
@@ -160,5 +161,6 @@ def keep_small() -> None:
     kilobytes of that.
     """
     gc.collect()
+    forget_spare()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

@@ -14,8 +14,9 @@ import torch
 
 from swarm import tensors
 from swarm.errors import BadTensor
+from swarm.links.bodies import body_of
 
-CHUNK = 1 << 18  # values
+CHUNK = 1 << 19  # values
 BLOCK = 256  # values that share a scale in 8 bits
 _SCALE = struct.Struct("<fxxxx")
 _LARGEST_EXPONENT = 15  # fp16 values are scaled so that the largest is below 2 ** 15
@@ -49,9 +50,9 @@ class Float16:
 
     def encode(self, values: torch.Tensor) -> memoryview:
         scale = _scale(values)
-        written = torch.empty(_SCALE.size + 2 * len(values), dtype=torch.uint8)
+        body = body_of(_SCALE.size + 2 * len(values))
+        written = torch.frombuffer(body, dtype=torch.uint8)
         torch.mul(values, 1.0 / scale, out=written[_SCALE.size :].view(torch.float16))
-        body = tensors.to_bytes(written)
         _SCALE.pack_into(body, 0, scale)
         return body
 

@@ -38,7 +38,7 @@ from swarm.links.interfaces import Connection, Receiver
 from swarm.links.tls import TlsPipe
 from swarm.types import PeerId
 
-_READ = 512 * 1024  # bytes taken from the kernel at once
+_READ = 128 * 1024  # bytes taken from the kernel at once: what stays in the processor's cache until it is decrypted
 _HIGH_WATER = 3 * frames.CHUNK  # bytes that wait for the kernel; few, so that a small message waits for few
 _NOTSENT_LOWAT = 256 * 1024  # bytes that the kernel takes beyond what is on its way
 _PROOF_CONTEXT = b"shoal dial 1\0"

@@ -13,9 +13,8 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
-
 from swarm.errors import Malformed, Oversized, ProtocolError
+from swarm.links.bodies import body_of
 from swarm.wire import MAX_BODY, MAX_HEADER
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -112,7 +111,7 @@ class _Partial:
         self.header = header
         self.length = length
         self.used = 0
-        self.body = np.empty(length, np.uint8).data  # not zeroed: memory is used as bytes come, not as announced
+        self.body = body_of(length)
 
 
 class FrameReader:
