@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 
@@ -34,6 +35,34 @@ class Call(threading.local):
     keep: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client wants of the peers that run its sessions.
+
+    Attributes:
+        precision: which of them will do, by how exact their weights are.
+        rounding: what may be done to hidden states on their way.
+        priority: how urgent its steps are.
+    """
+
+    precision: Precision = Precision.STEADY
+    rounding: Rounding = "auto"
+    priority: Priority = "normal"
+
+    @classmethod
+    def parse(cls, exact: bool = False, mix: bool = False, wire_dtype: str = "auto", priority: str = "normal") -> Terms:
+        """What a user has said. Raises `UsageError`."""
+        if exact and mix:
+            raise UsageError("exact peers alone, or a mix of any: not both")
+        if wire_dtype not in get_args(Rounding):
+            raise UsageError(f"--wire-dtype {wire_dtype}: there are {', '.join(get_args(Rounding))}")
+        if priority not in get_args(Priority):
+            raise UsageError(f"--priority {priority}: there are {', '.join(get_args(Priority))}")
+        precision = Precision.EXACT if exact else Precision.ANY if mix else Precision.STEADY
+        rounding = "float32" if exact and wire_dtype == "auto" else wire_dtype
+        return cls(precision, cast("Rounding", rounding), cast("Priority", priority))
+
+
 class Chain:
     """The swarm as the one block of a model: hidden states in, hidden states out."""
 
@@ -46,6 +75,7 @@ class Chain:
         waiting: Waiting,
         standby: int,
         speculate: Speculate,
+        terms: Terms = Terms(),
     ) -> None:
         self.background = background
         self.network = network
@@ -54,9 +84,7 @@ class Chain:
         self.context = context_of(config)
         self.waiting = waiting
         self.standby = standby
-        self.precision = Precision.STEADY
-        self.rounding: Rounding = "auto"
-        self.priority: Priority = "normal"
+        self.terms = terms
         self.on_quantized: Quantized = warn_quantized
         self._told: dict[str, list[Span]] = {}  # which blocks are quantized, as the user knows
         self.speculate = speculate
@@ -112,10 +140,10 @@ class Chain:
                 max_length=length,
                 waiting=self.waiting,
                 standby=self.standby,
-                precision=self.precision,
+                precision=self.terms.precision,
                 on_quantized=self._quantized,
-                rounding=self.rounding,
-                priority=self.priority,
+                rounding=self.terms.rounding,
+                priority=self.terms.priority,
             )
             cache.bind(session, self.background)
         assert cache.session is not None

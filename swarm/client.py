@@ -10,19 +10,18 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.chain import Chain
+from swarm.chain import Chain, Terms
 from swarm.errors import SessionLost, ShoalError, UsageError, WeightsChanged
 from swarm.files.checkpoint import Checkpoint
 from swarm.files.hub import resolve
 from swarm.model import load_ends
 from swarm.network import Network, Quantized, Waiting, warn_quantized
 from swarm.quantization.weights import KINDS
-from swarm.routes.precision import Precision
 from swarm.speculation.decoding import SpeculatingMixin
 from swarm.speculation.drafting import load_draft_model
 from swarm.speculation.tuning import Speculate
@@ -186,11 +185,7 @@ class SwarmModelForCausalLM:
         if not isinstance(dtype, torch.dtype):
             dtype = _dtype_named(dtype)
         drafts = Speculate.parse(speculate)
-        precision = _precision(exact, mix)
-        if wire_dtype not in get_args(Rounding):
-            raise UsageError(f"--wire-dtype {wire_dtype}: there are {', '.join(get_args(Rounding))}")
-        if priority not in get_args(Priority):
-            raise UsageError(f"--priority {priority}: there are {', '.join(get_args(Priority))}")
+        terms = Terms.parse(exact, mix, wire_dtype, priority)
         kind = next((each for each in KINDS if each == quantize), None)
         if kind is None and quantize != "none":
             raise UsageError(f"quantize={quantize!r}: there are none, {', '.join(KINDS)}")
@@ -201,10 +196,9 @@ class SwarmModelForCausalLM:
             network = background.run(Network.start(peers))
             background.at_close(network.close)
             waiting = Waiting(wait, failover_wait, on_missing)
-            chain = Chain(background, network, checkpoint.model_id, checkpoint.config(), waiting, standby, drafts)
-            chain.precision, chain.on_quantized = precision, on_quantized
-            chain.rounding = "float32" if exact and wire_dtype == "auto" else wire_dtype
-            chain.priority = priority
+            config = checkpoint.config()
+            chain = Chain(background, network, checkpoint.model_id, config, waiting, standby, drafts, terms)
+            chain.on_quantized = on_quantized
             if drafts.name:
                 chain.draft_model = load_draft_model(drafts.name, folder, dtype, device)
             model = load_ends(folder, chain, dtype=dtype, device=device, mixin=mixin(), quantize=kind, packed=True)
@@ -222,12 +216,6 @@ def connect(model: PreTrainedModel, chain: Chain) -> PreTrainedModel:
     _wrap_forward(model)
     model.train(False)
     return model
-
-
-def _precision(exact: bool, mix: bool) -> Precision:
-    if exact and mix:
-        raise UsageError("exact peers alone, or a mix of any: not both")
-    return Precision.EXACT if exact else Precision.ANY if mix else Precision.STEADY
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 
 from swarm.background import BackgroundLoop
-from swarm.chain import Chain
+from swarm.chain import Chain, Terms
 from swarm.client import connect, mixin
 from swarm.cutting.skeleton import Skeleton
 from swarm.cutting.verdict import examine
+from swarm.errors import UsageError
 from swarm.network import Network, Waiting
 from swarm.runs.origin import config_of, tokenizer_of
 from swarm.runs.run import Run
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NOT_AT_ALL = Waiting()
+_NO_DRAFTS = Speculate()
+_USUAL = Terms()
 
 
 class Loop(Protocol):
@@ -40,18 +43,26 @@ class Loop(Protocol):
 
 
 def model_of_run(
-    run: Run, config: PreTrainedConfig, network: Network, loop: Loop, waiting: Waiting = _NOT_AT_ALL, standby: int = 0
+    run: Run,
+    config: PreTrainedConfig,
+    network: Network,
+    loop: Loop,
+    waiting: Waiting = _NOT_AT_ALL,
+    standby: int = 0,
+    speculate: Speculate = _NO_DRAFTS,
+    terms: Terms = _USUAL,
 ) -> PreTrainedModel:
     """A Hugging Face model whose blocks are the members of `run`, at the weights of the moment.
 
     Args:
         network: lives in `loop`.
+        speculate: whether tokens are drafted from the text.
 
     Raises:
         NoRoute: some stage has no member that is online.
         CannotCut: the model cannot be cut.
     """
-    chain = Chain(cast("BackgroundLoop", loop), network, run.id, config, waiting, standby, Speculate.parse("off"))
+    chain = Chain(cast("BackgroundLoop", loop), network, run.id, config, waiting, standby, speculate, terms)
     skeleton = Skeleton(config, torch.float32, mixin())
     skeleton.keep_ends(chain, examine(config).returns)
     fetcher = Fetcher(run, network.rpc, stage_plans(run, config))
@@ -75,19 +86,29 @@ def model_of_run(
 
 
 def open_run(
-    run: Run, initial_peers: Sequence[str], waiting: Waiting = _NOT_AT_ALL, standby: int = 0
+    run: Run,
+    initial_peers: Sequence[str],
+    waiting: Waiting = _NOT_AT_ALL,
+    standby: int = 0,
+    speculate: str = "off",
+    terms: Terms = _USUAL,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a run and its tokenizer, for scripts: joins the swarm in a loop of its own, which the model closes.
 
-    Raises as `model_of_run`, and `CannotJoin`.
+    `speculate` is "auto", "lookup" or "off": a draft model would have to be trained along.
+
+    Raises as `model_of_run`, `CannotJoin`, and `UsageError` for what `speculate` cannot be.
     """
+    drafts = Speculate.parse(speculate)
+    if drafts.name:
+        raise UsageError(f"speculate: {speculate} is for a model that exists; there are auto, lookup and off for a run")
     tokenizer = tokenizer_of(run)
     config = config_of(run, tokenizer)
     background = BackgroundLoop()
     try:
         network = background.run(Network.start(list(initial_peers)))
         background.at_close(network.close)
-        return model_of_run(run, config, network, background, waiting, standby), tokenizer
+        return model_of_run(run, config, network, background, waiting, standby, drafts, terms), tokenizer
     except BaseException:
         background.close()
         raise

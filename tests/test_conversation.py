@@ -10,11 +10,14 @@ import pytest
 import torch
 from commands import save_talking
 from inprocess import Swarm, running_swarm
+from runs import save_run
 from transformers import set_seed
 
 from swarm import SwarmModelForCausalLM
 from swarm.console.conversation import Conversation, load_tokenizer
+from swarm.console.talk import talking_to
 from swarm.errors import NoRoom, UsageError
+from swarm.files.hub import DEFAULT_MODEL
 from swarm.speculation.tuning import Counts
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
@@ -55,6 +58,26 @@ def alone(whole: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     tokens: list[int] = whole.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0].tolist()
     return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"model_name": "gpt2"}, "--run names the model; gpt2 is another"),
+        ({"mix": True}, "--mix is not for a run"),
+        ({"speculate": "draft:gpt2"}, "there are auto, lookup and off for a run"),
+        ({"wire_dtype": "int7"}, "there are auto, float32, bfloat16, int8"),
+        ({"priority": "high"}, "there are low, normal"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_for_the_model_of_a_run_is_refused(said: dict[str, Any], told: str, tmp_path: Path) -> None:
+    usual = {"model_name": DEFAULT_MODEL, "initial_peers": [], "wait": 0.0, "standby": 0, "speculate": "auto"}
+    with (
+        pytest.raises(UsageError, match=told),
+        talking_to(**{**usual, **said}, of_run=save_run(tmp_path)),
+    ):
+        raise AssertionError("it was opened")
 
 
 def test_a_prompt_goes_through_the_template_unless_raw(conversation: Conversation) -> None:

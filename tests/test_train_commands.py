@@ -33,7 +33,8 @@ def test_a_run_is_trained_asked_and_gathered(tmp_path: Path) -> None:
         trained = run("swarm", "train", file, *common, *files)
         assert trained.returncode == 0, trained.stderr
         assert "round 4/4" in trained.stderr
-        asked = run("swarm", "generate", "--run", file, "--raw", "--max-new-tokens", 5, "The ", *common)
+        terms = ("--priority", "low", "--wire-dtype", "bfloat16", "--speculate", "lookup")
+        asked = run("swarm", "generate", "--run", file, "--raw", "--max-new-tokens", 5, "The ", *common, *terms)
         assert asked.returncode == 0, asked.stderr
         assert "5 tokens" in asked.stderr
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

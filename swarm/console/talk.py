@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from swarm.console.terminal import ProgressBars, console, error_line
-from swarm.errors import ShoalError
+from swarm.errors import ShoalError, UsageError
+from swarm.files.hub import DEFAULT_MODEL
 from swarm.imports import import_lightly
 from swarm.runs.run import load as load_run
 from swarm.types import Span
@@ -38,7 +39,9 @@ def talking_to(
     bars = ProgressBars()
     try:
         if of_run is not None:
-            conversation = _with_run(of_run, initial_peers, wait, standby, bars)
+            if model_name != DEFAULT_MODEL:
+                raise UsageError(f"--run names the model; {model_name} is another")
+            conversation = _with_run(of_run, initial_peers, wait, standby, speculate, bars, **terms)
         else:
             conversation = _with_model(model_name, initial_peers, wait, standby, speculate, bars, **terms)
     finally:
@@ -51,15 +54,27 @@ def talking_to(
         conversation.model.close()
 
 
-def _with_run(file: Path, initial_peers: list[str], wait: float, standby: int, bars: ProgressBars) -> Conversation:
+def _with_run(
+    file: Path,
+    initial_peers: list[str],
+    wait: float,
+    standby: int,
+    speculate: str,
+    bars: ProgressBars,
+    **terms: Any,
+) -> Conversation:
+    if terms.get("mix"):
+        raise UsageError("--mix is not for a run: its members keep all weights in full precision")
     described = load_run(file)
     bars(f"joining the swarm of {described.name}", 0, 0)
     import_lightly("swarm.runmodel")
+    from swarm.chain import Terms
     from swarm.console.conversation import Conversation
     from swarm.network import Waiting
     from swarm.runmodel import open_run
 
-    model, tokenizer = open_run(described, initial_peers, Waiting(wait, max(wait, 10.0), _tell_missing), standby)
+    waiting, wanted = Waiting(wait, max(wait, 10.0), _tell_missing), Terms.parse(**terms)
+    model, tokenizer = open_run(described, initial_peers, waiting, standby, speculate, wanted)
     return Conversation(model, tokenizer)
 
 
