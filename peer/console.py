@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.text import Text
 
 from peer.config import BootstrapSettings, ServeSettings, TrainSettings
-from swarm.console.terminal import ProgressBars, console, unless_stopped
-from swarm.errors import UsageError
+from swarm.console.terminal import ProgressBars, console, error_line, unless_stopped
+from swarm.errors import ModelDiverged, UsageError
 from swarm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -88,7 +88,14 @@ async def train(settings: TrainSettings, described: Run, command: str, stop: asy
             return
         showing = asyncio.create_task(_show_training(node))
         try:
-            if not await unless_stopped(node.ended(), stop):
+            try:
+                if not await unless_stopped(node.ended(), stop):
+                    return
+            except ModelDiverged as error:
+                if settings.leave:
+                    raise
+                console.print(error_line(str(error)), soft_wrap=True)
+                await unless_stopped(node.failing(), stop)  # others may still have to be told
                 return
             console.print(f"the run is over; digest={(await node.digest()).hex()}", soft_wrap=True)
             if not settings.leave:

@@ -285,7 +285,7 @@ class Coordinator:
 
     def _skip(self, now: float) -> Decision:
         skipped = self.previous.skipped + 1
-        outcome = "stop" if skipped >= self.plan.patience and not self.plan.scaled else "skip"
+        outcome = "stop" if skipped >= self.plan.longest_skipping else "skip"
         roster = self._next_roster(now)
         return Decision(self.round, self.term, self.attempt, outcome, 0.0, 0.0, [], roster, skipped)
 

@@ -11,11 +11,15 @@ from runs import reference_curve, run_text, small_run
 from training_swarm import TrainingSwarm, samples_of_rounds, train, training_swarm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from swarm.chain import Terms
+from swarm.console.conversation import Conversation
 from swarm.errors import ModelDiverged, UsageError
+from swarm.runmodel import open_run
 from swarm.runs.metrics import Round
 from swarm.runs.origin import byte_tokenizer
 from swarm.runs.run import Run, parse
 from swarm.runs.samples import Samples
+from swarm.speculation.tuning import Counts
 
 pytestmark = pytest.mark.slow
 
@@ -177,11 +181,25 @@ async def test_after_the_run_its_model_says_what_the_gathered_one_says(tmp_path:
         await swarm.digests()
         text = await trainer.sample()
         await trainer.gather(tmp_path / "model")
+        drafted, counts = await asyncio.to_thread(asked, run, swarm.address, "The ", 12)
+    assert drafted == text
+    assert counts.drafted > 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("The ", return_tensors="pt", add_special_tokens=False)["input_ids"]
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert text == tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def asked(run: Run, address: str, prompt: str, tokens: int) -> tuple[str, Counts]:
+    """What the model of a run says to a client of its own, on other terms than usual."""
+    terms = Terms.parse(exact=True, priority="low")
+    model, tokenizer = open_run(run, [address], speculate="lookup", terms=terms)
+    with model:
+        talk = Conversation(model, tokenizer)
+        answer = talk.answer(talk.encode(prompt, raw=True), max_new_tokens=tokens, do_sample=False)
+        talk.forget()
+    return prompt + answer.text, answer.counts
 
 
 async def test_another_file_under_the_same_name_is_refused_with_the_field(tmp_path: Path) -> None:
@@ -196,11 +214,16 @@ async def test_another_file_under_the_same_name_is_refused_with_the_field(tmp_pa
             await swarm.trainer(other)
 
 
-async def test_a_learning_rate_that_diverges_stops_the_run(tmp_path: Path) -> None:
-    text = run_text(rounds=40).replace("learning_rate = 0.01", "learning_rate = 1e30")
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+async def test_a_learning_rate_that_diverges_stops_the_run_with_its_last_good_checkpoint(
+    compute: str, tmp_path: Path
+) -> None:
+    """The first step warms up with a rate of nothing; a scaled loss is given the time that its scale takes to be 1."""
+    more = f'\n[checkpoint]\nevery = 1\nkeep = 1\n\n[precision]\ncompute = "{compute}"\n'
+    text = run_text(rounds=40, more=more).replace("learning_rate = 0.01", "learning_rate = 1e30")
     run = parse(text.replace("clip_norm = 1.0", "clip_norm = 0.0"))
     async with training_swarm(run, tmp_path) as swarm:
-        await swarm.member(0)
+        member = await swarm.member(0)
         trainer = await swarm.trainer()
         seen: list[Round] = []
 
@@ -211,6 +234,9 @@ async def test_a_learning_rate_that_diverges_stops_the_run(tmp_path: Path) -> No
         with pytest.raises(ModelDiverged, match="no finite number"):
             await asyncio.wait_for(watch(), 50.0)
         assert {ended.outcome for ended in seen} == {"commit", "skip", "stop"}
+        with pytest.raises(ModelDiverged, match="the last good checkpoint is of round 1, in"):
+            await member.ended()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-00000001"]
 
 
 async def test_the_held_out_loss_is_taken_now_and_then(tmp_path: Path) -> None:

@@ -375,11 +375,25 @@ def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path: Path
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run = small_run(more=SAVING)
     stages = stages_of(run, tmp_path)
-    for round in range(7):
+    for round in range(6):
         whole_round(stages, round)
+    assert Checkpoints(tmp_path, run, 0, resume=True).rounds() == [2, 4, 6]  # the last one is to be proven yet
+    whole_round(stages, 6)
     assert Checkpoints(tmp_path, run, 0, resume=True).rounds() == [4, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00000004", "round-00000006"]
     assert Checkpoints(tmp_path, run, 0).rounds() == []  # without being asked to resume
+
+
+def test_of_a_model_that_diverges_the_last_good_checkpoint_is_left(tmp_path: Path) -> None:
+    run = small_run(more="\n[checkpoint]\nevery = 1\nkeep = 1\n")
+    (member,) = stages = stages_of(run, tmp_path)
+    for round in range(3):
+        whole_round(stages, round)
+    assert Checkpoints(tmp_path, run, 0, resume=True).rounds() == [2, 3]
+    for _ in range(3):
+        member.skip()
+    assert member.forsake() == 2
+    assert Checkpoints(tmp_path, run, 0, resume=True).rounds() == [2]
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

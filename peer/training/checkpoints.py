@@ -44,6 +44,9 @@ class _About(msgspec.Struct):
 class Checkpoints:
     """One stage's part in the checkpoints of a run, in a folder that other stages and replicas may share.
 
+    A checkpoint is good once a round has ended in a step from it: until then, its weights may be those of a model that
+    has diverged. Older ones are deleted for the sake of good ones alone.
+
     Args:
         folder: None to save nothing.
         resume: whether to offer what an earlier life has saved.
@@ -54,6 +57,7 @@ class Checkpoints:
         self._run = run
         self._stage = stage
         self._resume = resume
+        self._unproven: list[int] = []  # rounds that were saved, or gone on from, since the last step
 
     def rounds(self) -> list[int]:
         """The rounds that can be gone on from, the first one first."""
@@ -82,8 +86,24 @@ class Checkpoints:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full or "No space left" in str(error) else str(error)
             raise DiskFull(f"no checkpoint of round {round_} in {self.folder}: {what}") from error
+        self._unproven.append(round_)
         self._thin_out()
         log.info("saved round=%d file=%s", round_, weights)
+
+    def proven(self) -> None:
+        """What was saved last is good: a step was made from it."""
+        if self._unproven:
+            self._unproven.clear()
+            self._thin_out()
+
+    def forsake(self) -> int | None:
+        """Delete what is not proven; the round of the newest that is left, None where there is none."""
+        if self.folder is None or not self.folder.is_dir():
+            return None
+        for round_ in self._unproven:
+            self._delete(round_)
+        self._unproven.clear()
+        return max(self._mine(), default=None)
 
     def load(self, round_: int, optimizer: Optimizer) -> Mapping[str, torch.Tensor]:
         """What `save` was given, as `Optimizer.state` has it. Raises `ModelCorrupt` where it is damaged."""
@@ -95,6 +115,7 @@ class Checkpoints:
             raise ModelCorrupt(f"the checkpoint {weights} cannot be read: {error}") from error
         if (said.run, said.stage, said.round) != (self._run.id, self._run.stages[self._stage], round_):
             raise ModelCorrupt(f"{about} is of another run or stage")
+        self._unproven = [round_]
         rest = {"counters": torch.tensor([said.steps, said.unchanged]), "scale": torch.tensor(said.scale)}
         return _Saved(named, optimizer, weights, rest)
 
@@ -111,14 +132,23 @@ class Checkpoints:
         return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
     def _thin_out(self) -> None:
-        """Keep the newest few of this stage's; a folder that nobody needs any more goes with the last file in it."""
+        """Keep the newest few of this stage's that are good, and the newest of all."""
+        good = [round_ for round_ in self._mine() if round_ not in self._unproven]
+        for round_ in (*good[: -self._run.checkpoint.keep], *self._unproven[:-1]):
+            self._delete(round_)
+        del self._unproven[:-1]
+
+    def _mine(self) -> list[int]:
         assert self.folder is not None
-        mine = sorted(round_ for round_ in rounds_in(self.folder) if self._files(round_)[1].exists())
-        for round_ in mine[: -self._run.checkpoint.keep]:
-            for path in reversed(self._files(round_)):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other stages still have theirs there
-                path.parent.rmdir()
+        return [round_ for round_ in rounds_in(self.folder) if self._files(round_)[1].exists()]
+
+    def _delete(self, round_: int) -> None:
+        """A folder that nobody needs any more goes with the last file in it."""
+        files = self._files(round_)
+        for path in reversed(files):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other stages still have theirs there
+            files[0].parent.rmdir()
 
 
 def rounds_in(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from peer.executor import Executor
 from peer.node import addresses_of, close_all, keep_memory, start_discovery
 from swarm.agreement.roster import replicas
 from swarm.discovery import Discovery
-from swarm.errors import RemoteError, ShoalError, UsageError
+from swarm.errors import ModelDiverged, RemoteError, ShoalError, UsageError
 from swarm.files.checkpoint import Progress
 from swarm.identity import Identity
 from swarm.imports import import_lightly
@@ -216,16 +216,30 @@ class TrainNode:
         return self.stage is not None and self.stage.round >= self.run.rounds
 
     async def ended(self) -> None:
-        """Return when the run's last round is over. Raises what keeps this node from going on."""
-        assert self.member is not None
-        over = asyncio.ensure_future(self.member.until(lambda: self.is_finished))
-        waiting: set[asyncio.Future[None]] = {over, self.failed, self.member.failure}
+        """Return when the run's last round is over.
+
+        Raises what keeps this node from going on, and `ModelDiverged` where the run was stopped.
+        """
+        member = self.member
+        assert member is not None
+        over = asyncio.ensure_future(member.until(lambda: self.is_finished or member.stopped))
+        waiting: set[asyncio.Future[None]] = {over, self.failed, member.failure}
         try:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
         finally:
             over.cancel()
+        if member.stopped and not self.is_finished:
+            raise await self._diverged()
+
+    async def _diverged(self) -> ModelDiverged:
+        """What there is to say once the run was stopped; only good checkpoints are left then."""
+        assert self.stage is not None
+        good = await self.executor.run(self.stage.forsake)
+        folder = folder_of(self.settings, self.run)
+        left = f"the last good checkpoint is of round {good}, in {folder}" if good else "there is no good checkpoint"
+        return ModelDiverged(f"the run was stopped: its loss or gradient is no finite number any more; {left}")
 
     async def failing(self) -> None:
         """Return never. Raises what keeps this node from going on."""

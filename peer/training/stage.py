@@ -213,6 +213,7 @@ class TrainingStage:
 
     def commit(self, mean: Mapping[str, torch.Tensor], factor: float) -> None:
         """End the round with one step: the mean gradient of every group, times `factor`."""
+        self._checkpoints.proven()
         self.optimizer.step(mean, factor)
         self._entered(self.round + 1)
         self._save()
@@ -222,10 +223,19 @@ class TrainingStage:
         if self.round < 0:
             self._entered(0)
             return
+        scaled = self.optimizer.scale > 1.0
         self.optimizer.skip()
         self.round += 1
         self._unscaled = False
-        self._save()
+        if scaled:  # it was the scale; else it may be the weights, and these were saved before
+            self._save()
+
+    def forsake(self) -> int | None:
+        """The run was stopped because the model has diverged: of its checkpoints, only good ones are to be left.
+
+        The round of the last good one; None where there is none.
+        """
+        return self._checkpoints.forsake()
 
     def _save(self) -> None:
         every = self.run.checkpoint.every

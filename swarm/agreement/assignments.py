@@ -13,6 +13,7 @@ from swarm.types import PeerId
 
 LEAST_SECONDS = 5.0  # before a trainer that lives is thought too slow
 MULTIPLE = 6.0  # of the usual time of a micro-batch
+HALVINGS = 24  # of a loss scale, from the largest there is to 1
 UNTOLD_SECONDS = 1.0  # between a trainer's end with a micro-batch and the last member's word that it is counted
 
 
@@ -27,7 +28,7 @@ class Plan:
         micro_batch: samples of a micro-batch; the last of a round may have fewer.
         tied: whether the first and the last stage share an embedding, whose gradient they add up.
         clip: the global norm of the mean gradient is at most this; 0 for no clipping.
-        patience: skipped rounds in a row, after which the run stops.
+        patience: skipped rounds in a row, after which the run stops; of those with a scaled loss, once its scale is 1.
         scaled: whether losses are scaled (fp16), so that gradients are not finite now and then and nobody is to blame.
         robust: how replicas' gradients become one: "none" (the exact mean), "clip" or "trimmed".
         dtype: of gradients on the wire: "float32", "float16" or "int8".
@@ -47,6 +48,11 @@ class Plan:
     dtype: str = "float16"
     overlap: bool = False
     rounds: int = 0
+
+    @property
+    def longest_skipping(self) -> int:
+        """Skipped rounds in a row, of which the last one stops the run."""
+        return self.patience + (HALVINGS if self.scaled else 0)
 
     @property
     def count(self) -> int:
