@@ -28,7 +28,8 @@ LOG_SECONDS = 30.0  # and where there is no terminal
 
 
 async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
-    from peer.node import Node, identity_of
+    from peer.joining import identity_of
+    from peer.node import Node
 
     bars = ProgressBars()
     bars("starting", 0, 0)
@@ -77,7 +78,7 @@ def _sessions(node: Node) -> str:
 
 
 async def train(settings: TrainSettings, described: Run, command: str, stop: asyncio.Event) -> None:
-    from peer.node import identity_of
+    from peer.joining import identity_of
     from peer.training.node import TrainNode
 
     bars = ProgressBars()
@@ -183,7 +184,7 @@ class Meter:
 
 async def bootstrap(settings: BootstrapSettings) -> None:
     from peer.config import parse_address
-    from peer.node import identity_of, start_discovery
+    from peer.joining import identity_of, start_discovery
 
     async with await start_discovery(settings, identity_of(settings), parse_address(settings.listen).port) as discovery:
         _print_invitation(discovery.addresses, "peer serve", bool(settings.initial_peers))

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from swarm.discovery import Discovery
 from swarm.errors import NoRoute
-from swarm.hops.liveroute import Neighbours, Shunned
+from swarm.hops.finding import Neighbours, Shunned
 from swarm.identity import Identity
 from swarm.links.interfaces import Transport
 from swarm.routes.bearings import Bearings

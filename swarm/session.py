@@ -34,8 +34,9 @@ from swarm.errors import (
     from_wire,
 )
 from swarm.hops.blame import Blame
+from swarm.hops.finding import RouteFinder
 from swarm.hops.history import History, Piece
-from swarm.hops.liveroute import LiveRoute, RouteFinder
+from swarm.hops.liveroute import LiveRoute
 from swarm.hops.standby import Standby
 from swarm.routes.avoidance import Avoidance
 from swarm.rpc import Link, Rpc

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 
 from peer.config import BootstrapSettings, ServeSettings
-from peer.node import Node, start_discovery
+from peer.joining import start_discovery
+from peer.node import Node
 from swarm.background import BackgroundLoop
 from swarm.discovery import Discovery
 from swarm.files.checkpoint import silent

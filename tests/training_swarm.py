@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from peer.config import BootstrapSettings, TrainSettings
-from peer.node import start_discovery
+from peer.joining import start_discovery
 from peer.training.node import TrainNode
 from swarm.discovery import Discovery
 from swarm.files.checkpoint import silent

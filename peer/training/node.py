@@ -17,7 +17,8 @@ import swarm
 from peer.cache import Leases
 from peer.config import TrainSettings, parse_address
 from peer.executor import Executor
-from peer.node import addresses_of, close_all, keep_memory, start_discovery
+from peer.joining import addresses_of, start_discovery
+from peer.node import close_all, keep_memory
 from swarm.agreement.roster import replicas
 from swarm.discovery import Discovery
 from swarm.errors import ModelDiverged, RemoteError, ShoalError, UsageError

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from typing import Any
 
 from swarm import wire
 from swarm.errors import Forgotten, NoRoute, RemoteError
 from swarm.hops.blame import Blame
+from swarm.hops.finding import Neighbours, RouteFinder, Shunned
 from swarm.hops.history import History, Mark, Piece
 from swarm.hops.pace import Pace
 from swarm.hops.place import Place, step_header
@@ -32,38 +33,6 @@ FAILOVER_SECONDS = 4.0  # the same, in the middle of an answer
 REOPEN_SECONDS = 1.0  # for a hop to say how far it is, where nothing else is asked of it
 REPLAY_SECONDS = 2.0  # for a hop to begin a replay, beside what it may have to run before
 REPLAY_POSITIONS = 256  # of a replayed step, at most
-
-
-class Shunned(NamedTuple):
-    """Whom a route has to do without."""
-
-    rather: set[PeerId]  # if that is possible
-    now: set[PeerId]  # at this moment: they are given some rest
-    ever: set[PeerId]  # for good
-
-
-class Neighbours(NamedTuple):
-    """Who feeds a part of a route, and whom it feeds; None is the client."""
-
-    before: PeerId | None = None
-    after: PeerId | None = None
-
-
-class RouteFinder(Protocol):
-    """Finds hops for a span."""
-
-    def __call__(
-        self,
-        span: Span,
-        shunned: Callable[[], Shunned],
-        since: float | None,
-        neighbours: Neighbours,
-    ) -> Awaitable[Route]:
-        """The best route of the moment between `neighbours`; waits for missing blocks as long as the user wants.
-
-        `since` is when the trouble began, on the loop's clock: None where the session only begins, and -inf not to
-        wait at all. Raises `NoRoute`.
-        """
 
 
 class LiveRoute:

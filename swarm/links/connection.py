@@ -1,8 +1,7 @@
 """One connection: TLS, the proof of who is at each end, messages both ways under flow control, and its end.
 
-The dialler compares the key of the listener's certificate with the PeerId it wants before it says anything; then the
-listener greets with a nonce, and the dialler signs it with its own key (Python's `ssl` cannot ask for a self-signed
-client certificate). After that both sides are equal, and messages go as `swarm.links.frames` says.
+The dialler compares the key of the listener's certificate with the PeerId it wants before it says anything; then it
+proves its own (`swarm.links.proof`). After that both sides are equal, and messages go as `swarm.links.frames` says.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ import numpy as np
 from swarm import wire
 from swarm.errors import (
     DeadlineExceeded,
-    Forged,
     Malformed,
-    ProtocolError,
     RemoteError,
     Unreachable,
     UsageError,
@@ -31,8 +28,8 @@ from swarm.errors import (
     from_wire,
     to_wire,
 )
-from swarm.identity import Identity, peer_id_of_certificate, verify
-from swarm.links import frames
+from swarm.identity import Identity, peer_id_of_certificate
+from swarm.links import frames, proof
 from swarm.links.frames import Buffer, FrameKind, FrameReader, Received
 from swarm.links.interfaces import Connection, Receiver
 from swarm.links.tls import TlsPipe
@@ -41,7 +38,6 @@ from swarm.types import PeerId
 _READ = 128 * 1024  # bytes taken from the kernel at once: what stays in the processor's cache until it is decrypted
 _HIGH_WATER = 3 * frames.CHUNK  # bytes that wait for the kernel; few, so that a small message waits for few
 _NOTSENT_LOWAT = 256 * 1024  # bytes that the kernel takes beyond what is on its way
-_PROOF_CONTEXT = b"shoal dial 1\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +277,7 @@ class TcpConnection(asyncio.BufferedProtocol):
             return False
         if self._wanted is None:
             self._may_speak = True
-            hello = wire.Hello(wire.PROTOCOL_VERSION, self._identity.peer, self._nonce)
-            self._write(frames.whole(FrameKind.HANDSHAKE, wire.pack(hello)))
+            self._write(frames.whole(FrameKind.HANDSHAKE, wire.pack(proof.greeting(self._identity, self._nonce))))
         else:
             found = peer_id_of_certificate(self._tls.certificate())
             if found != self._wanted:
@@ -293,10 +288,11 @@ class TcpConnection(asyncio.BufferedProtocol):
     def _handshake(self, received: Received) -> None:
         message = wire.unpack(received.header)
         if self._wanted is not None and isinstance(message, wire.Hello):
-            self._answer(message, self._wanted)
+            self.peer = self._wanted
+            answer = proof.answer(message, self._identity, self._wanted)
+            self._write(frames.whole(FrameKind.HANDSHAKE, wire.pack(answer)))
         elif self._wanted is None and isinstance(message, wire.Proof):
-            _check_proof(message, self._identity.peer, self._nonce)
-            self.peer = PeerId(message.peer)
+            self.peer = proof.proven(message, self._identity, self._nonce)
         else:
             raise Malformed(f"{type(message).__name__} at the wrong time")
         self.ready.set_result(None)
@@ -305,13 +301,6 @@ class TcpConnection(asyncio.BufferedProtocol):
             self.attach(self._accept(self))
         elif self._transport is not None:
             self._transport.pause_reading()  # until somebody listens
-
-    def _answer(self, hello: wire.Hello, wanted: PeerId) -> None:
-        if hello.version != wire.PROTOCOL_VERSION:
-            raise ProtocolError(f"protocol {hello.version} there, {wire.PROTOCOL_VERSION} here", wanted)
-        self.peer = wanted
-        signature = self._identity.sign(_proof(wanted, hello.nonce))
-        self._write(frames.whole(FrameKind.HANDSHAKE, wire.pack(wire.Proof(self._identity.peer, signature))))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -382,18 +371,6 @@ class TcpConnection(asyncio.BufferedProtocol):
     def __repr__(self) -> str:
         state = "closed" if self._error else "ready" if self.ready.done() else "handshaking"
         return f"<TcpConnection {self.peer or '?'} {state}>"
-
-
-def _proof(listener: str, nonce: bytes) -> bytes:
-    return _PROOF_CONTEXT + listener.encode() + b"\0" + nonce
-
-
-def _check_proof(message: wire.Proof, listener: str, nonce: bytes) -> None:
-    """Raise `Malformed` or `WrongKey` unless the dialler holds the key of the PeerId that it names."""
-    try:
-        verify(message.peer, _proof(listener, nonce), message.signature)
-    except Forged as error:
-        raise WrongKey(f"the dialler cannot prove its key: {error}") from None
 
 
 def _tune(sock: socket.socket) -> None:
