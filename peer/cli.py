@@ -65,6 +65,12 @@ IdentityFile = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML with any of these options; see configs/.")
 ]
+Nice = Annotated[
+    int | None,
+    typer.Option(
+        metavar="0..19", help="How far computing lets other work on this machine go first, on Linux. Default 10."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Log what happens, not warnings alone.")]
 
 
@@ -156,12 +162,7 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
     ] = None,
-    nice: Annotated[
-        int | None,
-        typer.Option(
-            metavar="0..19", help="How far computing lets other work on this machine go first, on Linux. Default 10."
-        ),
-    ] = None,
+    nice: Nice = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
@@ -223,6 +224,7 @@ def train(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
     ] = None,
+    nice: Nice = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
@@ -238,6 +240,7 @@ def train(
         "identity": identity,
         "device": device,
         "threads": threads,
+        "nice": nice,
     }
     set_up_logging(verbose)
     with errors_told():

@@ -106,6 +106,7 @@ class TrainSettings(PeerSettings):
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     lease_seconds: Annotated[float, Field(ge=1.0, le=3600.0)] = 30.0
     threads: Annotated[int, Field(ge=1)] | None = None
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
 
 
 _Kind = TypeVar("_Kind", bound=PeerSettings)

@@ -105,7 +105,7 @@ class Node:
     async def start(self) -> None:
         """Listen, join the swarm, load a span, say so. Raises what stands in the way, with what to do about it."""
         listen = parse_address(self.settings.listen)
-        heavy = asyncio.ensure_future(self.executor.run(_import_heavy))  # seconds; the rest goes on meanwhile
+        heavy = asyncio.ensure_future(asyncio.to_thread(_import_heavy))  # seconds; the rest goes on meanwhile
         try:
             address = await self.transport.listen(listen, self.rpc.accept)
             dht_port = listen.port + 1 if listen.port else 0
@@ -351,7 +351,7 @@ def _name_of(model: str) -> str:
 
 
 def _import_heavy() -> None:
-    """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
+    """Torch and transformers take seconds to import; do it in a thread while the loop joins the swarm."""
     import_lightly("swarm.model", "peer.capacity", "peer.server")
 
 

@@ -35,8 +35,8 @@ from swarm.wire import Key
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 20  # bytes that are pulled at once
-WINDOW = 4  # pulls under way
+PIECE = 1 << 21  # bytes that are pulled at once
+WINDOW = 3  # pulls under way
 MAX_TRANSFERS = 2  # that one donor serves at once
 MAX_BEHIND = 4  # rounds that a newcomer may be behind: their mean gradients are kept
 MAX_LIST = 1 << 23  # bytes of a list of tensors
