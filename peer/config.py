@@ -108,6 +108,13 @@ class TrainSettings(PeerSettings):
     threads: Annotated[int, Field(ge=1)] | None = None
     nice: Annotated[int, Field(ge=0, le=19)] = 10
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _is_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and value.exists() and not value.is_dir():
+            raise ValueError(f"{value} is no folder")
+        return value
+
 
 _Kind = TypeVar("_Kind", bound=PeerSettings)
 
@@ -143,7 +150,9 @@ def _explained(problem: ErrorDetails, kind: type[PeerSettings], file: Path | Non
     else:
         where = variable if os.environ.get(variable) else f"{file}: {name}"
     what = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] != "value_error":  # our own name the value
+    if problem["type"] == "byte_size":
+        what = f"{problem['input']!r} is no size; write one as in 8GB"
+    elif problem["type"] != "value_error":  # our own name the value
         what = f"{what[0].lower()}{what[1:]}, not {problem['input']!r}"
     return f"{where}: {what}"
 

@@ -228,13 +228,21 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="At the end, write the model there: a folder that from_pretrained loads."),
+        typer.Option(
+            metavar="FOLDER",
+            file_okay=False,
+            help="At the end, write the model there: a folder that from_pretrained loads.",
+        ),
     ] = None,
     metrics: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where each round becomes a line of JSON. Default NAME.jsonl.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Where each round becomes a line of JSON. Default NAME.jsonl."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the loss is drawn at the end. Default NAME.png.")
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Where the loss is drawn at the end. Default NAME.png."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -256,7 +264,7 @@ def train(
 @app.command()
 def gather(
     run_file: RunFile,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the model.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, help="Where to write the model.")],
     initial_peers: Annotated[
         list[str] | None,
         typer.Option("--initial-peers", metavar="ADDR...", help="Any peers of the swarm that trains it."),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,34 @@ def test_a_node_can_join_the_swarm_while_torch_is_imported() -> None:
 )
 def test_several_addresses_after_one_option(typed: str, meant: str) -> None:
     assert spread(typed.split()) == meant.split()
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("swarm status --initial-peers=", "no address after --initial-peers"),
+        ("peer serve --initial-peers=", "no address after --initial-peers"),
+        ("swarm train {file} --initial-peers x --output {file}", "'--output': .* is a file"),
+        ("swarm train {file} --initial-peers x --metrics {folder}", "'--metrics': .* is a directory"),
+        ("swarm train {file} --initial-peers x --plot {folder}", "'--plot': .* is a directory"),
+        ("swarm gather {file} {file} --initial-peers x", "'FOLDER': .* is a file"),
+        ("peer train {file} --checkpoints {file}", "--checkpoints: .* is no folder"),
+        ("peer serve --memory lots", "--memory: 'lots' is no size; write one as in 8GB"),
+    ],
+)
+def test_what_could_not_be_used_is_told_before_anything_begins(
+    command: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = command.format(file=tmp_path / "file", folder=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    module: Any = peer.cli if arguments[0] == "peer" else swarm.cli
+    monkeypatch.setattr(module, "set_up_logging", lambda verbose: None)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(complaint, line)
 
 
 def test_several_addresses_in_one_value() -> None:

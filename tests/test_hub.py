@@ -61,6 +61,14 @@ def test_a_local_folder_goes_before_a_short_name(home: Path, monkeypatch: pytest
     assert hub.resolve(hub.DEFAULT_MODEL) == folder
 
 
+def test_a_file_is_no_model_and_a_folder_may_have_no_tokenizer(home: Path) -> None:
+    folder = write(home / "model", {name: content for name, content in WHOLE.items() if name != "tokenizer.json"})
+    with pytest.raises(UsageError, match="is a file; a model is a folder"):
+        hub.resolve(str(folder / "model.safetensors"))
+    with pytest.raises(UsageError, match=r"there is no tokenizer in .*model that can be used"):
+        hub.tokenizer_in(folder)
+
+
 def test_a_damaged_local_folder_is_told_of(home: Path) -> None:
     folder = write(home / "model", WHOLE | {"model.safetensors": WEIGHTS[:-1]})
     with pytest.raises(ModelCorrupt, match="cut short"):

@@ -146,6 +146,8 @@ class TrainNode:
         run, device = self.run, self.settings.device
         config = config_of(run, tokenizer_of(run, self._progress), self._progress)
         checkpoints = Checkpoints(folder_of(self.settings, run), run, number, self.settings.resume)
+        if self.settings.resume and not checkpoints.rounds():
+            log.warning("nothing of stage %d is saved there, to resume from folder=%s", number, checkpoints.folder)
         stage = TrainingStage(run, partial(stage_of, run, config, number, device), checkpoints)
         return stage, plan_of(run, config)
 

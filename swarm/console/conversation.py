@@ -11,7 +11,7 @@ import torch
 
 from swarm.chain import context_of
 from swarm.errors import UsageError
-from swarm.files.hub import resolve
+from swarm.files.hub import resolve, tokenizer_in
 from swarm.speculation.tuning import Counts
 from swarm.swarm_cache import SwarmCache
 from swarm.types import Route
@@ -40,11 +40,8 @@ class Answer:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model by its name. Raises as `hub.resolve`."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(name))
-    return tokenizer
+    """The tokenizer of a model by its name. Raises as `hub.resolve` and `hub.tokenizer_in`."""
+    return tokenizer_in(resolve(name))
 
 
 class Conversation:

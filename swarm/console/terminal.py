@@ -49,8 +49,14 @@ def spread(arguments: Sequence[str]) -> list[str]:
 
 
 def addresses_in(values: Sequence[str]) -> list[str]:
-    """The addresses in `values`, each of which may hold several with commas or spaces between."""
-    return [address for value in values for address in value.replace(",", " ").split()]
+    """The addresses in `values`, each of which may hold several with commas or spaces between.
+
+    Raises typer's `BadParameter` where there are values, and no address in them: a variable that was empty, say.
+    """
+    addresses = [address for value in values for address in value.replace(",", " ").split()]
+    if values and not addresses:
+        raise typer.BadParameter(f"no address after {_PEERS}")
+    return addresses
 
 
 def run_app(app: typer.Typer) -> NoReturn:

