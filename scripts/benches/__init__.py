@@ -6,6 +6,7 @@ BENCHES = {
     "single": "one sequence through 1, 2 and 3 stages, against the whole model in one process",
     "hop": "what a hop adds to a token",
     "aggregate": "1, 4, 8 and 16 clients at once, against one",
+    "stage": "many sessions' tokens in one forward of a stage alone, against one's, by processor time",
     "prefill": "a prompt of 512 tokens through two stages, against the whole model in one process",
     "mixed": "the gaps between tokens of four clients, while prompts of 1,024 keep arriving",
     "wan": "peers 25 ms apart: straight from stage to stage, and with several tokens in a trip",
