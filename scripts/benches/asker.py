@@ -14,6 +14,7 @@ import time
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from benches.generation import endless
 from swarm.client import SwarmModelForCausalLM
 
 
@@ -38,8 +39,7 @@ def main() -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             request, clock = json.loads(line), _Clock()
-            ids, count = torch.tensor([request["prompt"]]), request["new_tokens"]
-            options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
+            ids, options = torch.tensor([request["prompt"]]), endless(model, request["new_tokens"])
             output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
             tokens = output[0, ids.shape[1] :].tolist()
             print(json.dumps({"tokens": tokens, "times": clock.times[1:]}), flush=True)

@@ -78,6 +78,15 @@ def whole_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def endless(model: Any, new_tokens: int) -> dict[str, Any]:
+    """What to ask `model.generate()` for so many tokens with, greedily, wherever the model would have ended.
+
+    It is told of no end: to forbid the end takes transformers a millisecond a token, which nobody else has to spend.
+    """
+    model.generation_config.eos_token_id = None
+    return {"do_sample": False, "max_new_tokens": new_tokens}
+
+
 def generate(
     model: Any,
     ids: torch.Tensor,
@@ -87,7 +96,7 @@ def generate(
 ) -> Generated:
     """Exactly so many tokens after `ids`, greedily; `told` how many there are, each time one comes."""
     clock = _Clock(told)
-    options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    options = endless(model, new_tokens)
     started = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock, **options)
     seconds = time.perf_counter() - started

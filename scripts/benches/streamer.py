@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from benches.generation import endless
 from swarm.client import SwarmModelForCausalLM
 
 
@@ -53,11 +54,9 @@ def main() -> None:
     folder, address, prompt, new_tokens = sys.argv[1:]
     torch.set_num_threads(1)
     ids = torch.tensor([json.loads(prompt)])
-    options = {"do_sample": False, "max_new_tokens": int(new_tokens), "min_new_tokens": int(new_tokens)}
     with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[address]) as model:
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=_Teller(), stopping_criteria=[_Over()], **options
-        )
+        options = endless(model, int(new_tokens)) | {"streamer": _Teller(), "stopping_criteria": [_Over()]}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
 if __name__ == "__main__":
