@@ -16,7 +16,8 @@ from typing import Any
 
 from swarm.agreement.assignments import Plan
 from swarm.agreement.borrower import Borrower
-from swarm.agreement.member import Abandon, Apply, Average, Fetch, Member, Restore, Settled, Void
+from swarm.agreement.effects import Abandon, Apply, Average, Fetch, Restore, Settled, Void
+from swarm.agreement.member import Member
 from swarm.agreement.messages import Averaged, Finding, Lent, Order, Report
 from swarm.agreement.participant import Participant
 from swarm.agreement.roster import stages

@@ -14,8 +14,9 @@ from dataplane import ListeningRpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.averaging import WINDOW, Averager
+from peer.averaging import Averager
 from peer.training.codecs import BLOCK, CHUNK, CODECS
+from peer.training.exchange import WINDOW
 from peer.training.feedback import Feedback
 from peer.training.robust import ROBUST
 from swarm.agreement.assignments import Plan

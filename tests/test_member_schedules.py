@@ -10,7 +10,8 @@ from msgspec import structs
 from virtualcrew import VirtualCrew, in_virtual_time, play
 
 from swarm.agreement.assignments import Plan, to_bits
-from swarm.agreement.member import Average, Effect, Member
+from swarm.agreement.effects import Average, Effect
+from swarm.agreement.member import Member
 from swarm.agreement.messages import Chosen, Decision, Order, Roster, Seat, Share, Status
 from swarm.rounds import Phase
 from swarm.types import PeerId

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from faults import chosen
 from rounds_simulator import Part, Peer, Reference, Run, SimulatedMember
 
 from swarm.rounds import Phase
@@ -29,22 +30,9 @@ class Schedule:
         self.random = random.Random(seed)
         self.seed = seed
         self.told: list[str] = []
-        kinds: list[Callable[[], None]] = [
-            self.kill,
-            self.kill_a_trainer,
-            self.stall,
-            self.slow,
-            self.partition,
-            self.drop,
-            self.duplicate,
-            self.corrupt,
-            self.late_join,
-        ]
-        chosen = [kinds[seed % len(kinds)]]  # every kind in its turn, and another one at random for every second
-        if seed % 2:
-            chosen.append(self.random.choice(kinds))
+        names = chosen(seed, self.random, two=seed % 2 > 0)
         self._waiting = [
-            (fault, self.random.choice(FAULTY_ROUNDS), Phase(self.random.randrange(4))) for fault in chosen
+            (getattr(self, name), self.random.choice(FAULTY_ROUNDS), Phase(self.random.randrange(4))) for name in names
         ]
 
     def look(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
+from faults import chosen
 from linear import RUN, SPOILS, Linear, LinearMember, LinearTrainer, gradient
 from virtualexecutor import VirtualExecutor
 
@@ -225,21 +226,10 @@ class Schedule:
         stages, self.replicas, self.trainers = SHAPES[0 if faults else seed // 9 % len(SHAPES)]
         self.crew = VirtualCrew(seed, stages, overlap=seed % 2 > 0)
         self.told: list[str] = []
-        kinds = [
-            self.kill,
-            self.kill_a_trainer,
-            self.stall,
-            self.slow,
-            self.partition,
-            self.drop,
-            self.duplicate,
-            self.corrupt,
-            self.late_join,
+        names = chosen(seed, self.random, two=seed // 2 % 2 > 0)
+        self._waiting = [
+            (getattr(self, name), self.random.choice((1, 2)), Phase(self.random.randrange(4))) for name in names
         ]
-        chosen = [kinds[seed % len(kinds)]]  # every kind in its turn, and for every second seed another one with it
-        if seed // 2 % 2:
-            chosen.append(self.random.choice(kinds))
-        self._waiting = [(fault, self.random.choice((1, 2)), Phase(self.random.randrange(4))) for fault in chosen]
         if faults:
             self._waiting = [(getattr(self, name), round_, phase) for name, round_, phase in faults]
 

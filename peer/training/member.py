@@ -17,7 +17,8 @@ from peer.training.replica import STAGE, Replica
 from peer.training.transfer import Donor, Fetched, Named, Step, digest_of_state
 from swarm.agreement.assignments import Plan
 from swarm.agreement.attendance import Attendance, Known
-from swarm.agreement.member import Abandon, Apply, Average, Effect, Fetch, Member, Restore, Settled, Void
+from swarm.agreement.effects import Abandon, Apply, Average, Effect, Fetch, Restore, Settled, Void
+from swarm.agreement.member import Member
 from swarm.agreement.messages import MAX_MEMBERS, Decision, Order, Roster
 from swarm.agreement.parts import group_of_stage
 from swarm.errors import BadTensor, NotReady, ShoalError, Unreachable
