@@ -113,11 +113,15 @@ def cache_tokens(wanted: int | None, bytes_per_token: int, room: int | None) -> 
     """How many tokens the cache is to hold: what is `wanted`, else what a peer holds by default or memory allows.
 
     `room` is in bytes, None where that cannot be known. Raises `UsageError` where `wanted` would not fit: a peer that
-    promises more than it has dies of it in the middle of somebody's answer.
+    promises more than it has dies of it in the middle of somebody's answer. So does it where nothing is left.
     """
     if room is None or not bytes_per_token:
         return wanted or DEFAULT_CACHE_TOKENS
-    most = max(1, room // bytes_per_token)
+    if (most := room // bytes_per_token) < 1:
+        raise UsageError(
+            f"the blocks take all the memory that is free and allowed (--memory), and {max(-room, 0) / 1e6:.0f} MB "
+            "more: none is left for a cache; host fewer (--blocks, --num-blocks)"
+        )
     if wanted is not None and wanted > most:
         raise UsageError(
             f"--cache-tokens {wanted} needs {wanted * bytes_per_token / 1e9:.1f} GB of memory, "

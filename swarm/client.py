@@ -20,7 +20,7 @@ from swarm.errors import SessionLost, ShoalError, UsageError, WeightsChanged
 from swarm.files.checkpoint import Checkpoint
 from swarm.files.hub import resolve
 from swarm.model import load_ends
-from swarm.network import Network, Quantized, Waiting, warn_quantized
+from swarm.network import Network, Quantized, Waiting, warn_missing, warn_quantized
 from swarm.quantization.weights import KINDS
 from swarm.speculation.decoding import SpeculatingMixin
 from swarm.speculation.drafting import load_draft_model
@@ -149,7 +149,7 @@ class SwarmModelForCausalLM:
         priority: Priority = "normal",
         quantize: str = "none",
         on_quantized: Quantized = warn_quantized,
-        on_missing: Callable[[tuple[Span, ...]], None] | None = None,
+        on_missing: Callable[[tuple[Span, ...]], None] = warn_missing,
     ) -> PreTrainedModel:
         """The model `name` (a folder, a short name or a hub id), its blocks at the peers of the swarm.
 
@@ -174,7 +174,7 @@ class SwarmModelForCausalLM:
             quantize: how to keep the head's weight here: "int8" or "int4", which on a CPU takes a quarter of its time
                 for each token, or "none". The peers' own is in their offers.
             on_quantized: told which blocks quantized peers run, each time that changes; by default, the log is.
-            on_missing: told which blocks are waited for, each time they change.
+            on_missing: told which blocks are waited for, each time they change; by default, the log is.
 
         Raises:
             ModelNotFound, ModelCorrupt, CannotCut: the model cannot be had or cannot be cut.

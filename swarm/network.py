@@ -43,6 +43,11 @@ class Waiting:
     on_missing: Callable[[tuple[Span, ...]], None] | None = None  # told which, each time they change
 
 
+def warn_missing(missing: tuple[Span, ...]) -> None:
+    """An `on_missing` that leaves a line in the log."""
+    log.warning("waiting for a peer that hosts blocks=%s", ",".join(map(str, missing)))
+
+
 class Directory(Protocol):
     """Where offers are read: the DHT, or what stands for it."""
 

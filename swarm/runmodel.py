@@ -17,7 +17,7 @@ from swarm.client import connect, mixin
 from swarm.cutting.skeleton import Skeleton
 from swarm.cutting.verdict import examine
 from swarm.errors import UsageError
-from swarm.network import Network, Waiting
+from swarm.network import Network, Waiting, warn_missing
 from swarm.runs.origin import config_of, tokenizer_of
 from swarm.runs.run import Run
 from swarm.runs.weights import Fetcher, stage_plans
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NOT_AT_ALL = Waiting()
+_NOT_AT_ALL = Waiting(on_missing=warn_missing)
 _NO_DRAFTS = Speculate()
 _USUAL = Terms()
 

@@ -277,9 +277,12 @@ class Session:
     def heard(self, link: Link, message: wire.Output, body: memoryview) -> None:
         """An answer came: check it, and hand it to the step that waits for it."""
         waiting = self._waiting
-        if waiting is None or (message.epoch, message.number) != (waiting.epoch, waiting.number):
-            return  # an answer to an attempt that was given up
+        if waiting is None or message.epoch < waiting.epoch:
+            return  # an answer to an attempt that was given up, or one that came before
         if link.peer != self._live.places[-1].peer:
+            return
+        if (message.epoch, message.number) != (waiting.epoch, waiting.number):
+            self._fail(Malformed("an answer to what was never asked", link.peer))
             return
         try:
             output = _checked(tensors.decode(body, [message.hidden])[0], waiting.shape)

@@ -111,6 +111,9 @@ def test_the_cache_promises_no_more_than_there_is() -> None:
     assert cache_tokens(400, 100, 50_000) == 400
     with pytest.raises(UsageError, match="at most 500 tokens fit"):
         cache_tokens(501, 100, 50_000)
+    for wanted in (None, 400):
+        with pytest.raises(UsageError, match="and 5 MB more: none is left for a cache"):
+            cache_tokens(wanted, 100, -5_000_000)
 
 
 # --- how busy ---------------------------------------------------------------------------------------------------------

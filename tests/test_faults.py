@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from decoding import Decoding
+from msgspec import structs
 from virtualswarm import CLIENT, Client, Outcome, VirtualSwarm, peer_name, swarm_of
 
 from peer import server
@@ -283,6 +284,21 @@ def test_nonsense_is_a_failure(kind: str, hop: int) -> None:
     [outcome] = answered(swarm_of(6).do(corrupt, at_step=5), client(kind))
     assert outcome.failovers >= 1
     assert outcome.pause < 5.0
+
+
+@pytest.mark.parametrize("field", ["epoch", "number"])
+def test_an_answer_to_what_was_never_asked_is_a_failure(field: str, blamed: list[tuple[str, str, str]]) -> None:
+    def confuse(swarm: VirtualSwarm) -> None:
+        [session] = swarm.peers[route_of(swarm)[2]].server._sessions.values()
+        answer: Any = session._answer_client
+        session._answer_client = lambda message, output, more: answer(  # type: ignore[method-assign]
+            structs.replace(message, **{field: getattr(message, field) + 1}), output, more
+        )
+
+    [outcome] = answered(swarm_of(6).do(confuse, at_step=5), client())
+    assert [kind for kind, _, _ in blamed] == ["Malformed"]
+    assert outcome.failovers == 1
+    assert outcome.pause < 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

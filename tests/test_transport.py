@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable
+from unittest.mock import Mock
 
 import pytest
 from dataplane import ANYWHERE, WAIT, Inbox, Stranger, connected, listening, stranger
@@ -281,6 +282,24 @@ async def test_small_messages_keep_their_order() -> None:
     async with connected() as (near, far):
         await asyncio.gather(*(near.connection.send(b"%d" % number, [bytes(60_000)]) for number in range(200)))
         assert [int((await far.next())[0]) for _ in range(200)] == list(range(200))
+
+
+async def test_a_small_message_takes_one_write_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected() as (near, far):
+        connection, written = near.connection, list[int]()
+        assert isinstance(connection, TcpConnection)
+        socket_ = connection._transport
+        assert socket_ is not None
+
+        def write(data: bytes) -> None:
+            written.append(len(data))
+            socket_.write(data)
+
+        monkeypatch.setattr(connection, "_transport", Mock(wraps=socket_, write=write))
+        await connection.send(b"header", [bytes(2304), bytes(64)])
+        assert len((await far.next())[1]) == 2304 + 64
+        assert len(written) == 1
+        monkeypatch.undo()
 
 
 async def test_a_large_message_does_not_hold_up_small_ones() -> None:
