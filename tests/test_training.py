@@ -237,6 +237,8 @@ async def test_a_learning_rate_that_diverges_stops_the_run_with_its_last_good_ch
         with pytest.raises(ModelDiverged, match="the last good checkpoint is of round 1, in"):
             await member.ended()
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-00000001"]
+        with pytest.raises(ModelDiverged):  # whoever comes too late is told as well
+            await train(await swarm.trainer())
 
 
 async def test_the_held_out_loss_is_taken_now_and_then(tmp_path: Path) -> None:

@@ -265,8 +265,8 @@ class Participant:
             self._redirect(sender, message, now)
 
     def _redirect(self, sender: PeerId, join: Join, now: float) -> None:
-        """Somebody would join and does not know whom to ask."""
-        if self.previous is not None and self._coordinator_lives(now):
+        """Somebody would join and does not know whom to ask, nor whether the run was stopped."""
+        if self.previous is not None and (self.stopped or self._coordinator_lives(now)):
             self._send(sender, Chosen(self.previous))
 
     def _look_elsewhere(self, now: float) -> None:
