@@ -273,5 +273,5 @@ def bootstrap(
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run what was typed."""
     run_app(app)

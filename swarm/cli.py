@@ -358,5 +358,5 @@ def perplexity(
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run what was typed."""
     run_app(app)

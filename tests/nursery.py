@@ -188,7 +188,7 @@ def _start(command: list[str]) -> None:
     name = Path(command[0]).name
     if name in ("peer", "swarm"):
         sys.argv = command
-        importlib.import_module(f"{name}.cli").main()
+        importlib.import_module(f"{name}.__main__").main()
     sys.argv = command[1:]
     sys.path[0] = str(Path(command[1]).parent)
     runpy.run_path(command[1], run_name="__main__")

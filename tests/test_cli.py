@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -103,6 +105,19 @@ def test_what_could_not_be_used_is_told_before_anything_begins(
     assert ended.value.code in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(complaint, line)
+
+
+@pytest.mark.parametrize("name", ["peer", "swarm"])
+def test_ctrl_c_is_quiet_while_a_command_is_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    command = importlib.import_module(f"{name}.__main__")
+    monkeypatch.setitem(sys.modules, f"{name}.cli", Interrupted(f"{name}.cli"))
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 130
 
 
 def test_several_addresses_in_one_value() -> None:
