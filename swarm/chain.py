@@ -91,7 +91,7 @@ class Chain:
         self.draft_model: PreTrainedModel | None = None
         self.rewindable = not SessionCache(config, Span(0, self.num_blocks)).is_stateful
         self.call = Call()
-        self.refresh: Callable[[], None] | None = None  # fetches the ends anew, where the weights may change
+        self.refresh: Callable[[], bool] | None = None  # where weights change, fetches the ends if they are old
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run [B, N, H] through the swarm as the call under way wants it; returns [B, N, H].

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 
 MAX_RESTARTS = 32  # of one forward, while a run goes on
+STRICT_RESTARTS = (
+    4  # of these, because weights changed while a session began: where rounds are as short, they always do
+)
 
 
 class SwarmMixin(SpeculatingMixin):
@@ -235,14 +238,19 @@ def _carrying(cache: SwarmCache, run: Callable[[], Any]) -> Any:
 
 def _run(chain: Chain, inner: Callable[..., Any], bound: dict[str, Any]) -> Any:
     """The model's forward; where the weights have changed since the session began, all of the text again."""
-    for _ in range(MAX_RESTARTS):
+    cache: SwarmCache = bound["past_key_values"]
+    for attempt in range(MAX_RESTARTS):
+        refresh = chain.refresh if cache.session is None else None
         try:
-            return inner(**bound)
+            if refresh is not None:
+                refresh()
+            output = inner(**bound)
+            if refresh is not None and attempt < STRICT_RESTARTS and refresh():
+                raise WeightsChanged("the weights have changed while the session began")
+            return output
         except WeightsChanged:
-            cache: SwarmCache = bound["past_key_values"]
             if chain.refresh is None or (tokens := cache.restart()) is None:
                 raise
-            chain.refresh()
             cache.note(tokens)
             bound = _from_the_beginning(bound, tokens)
             chain.call.position_ids, chain.call.keep = bound["position_ids"], bound["logits_to_keep"]

@@ -1,7 +1,8 @@
 """The model of a training run, used while it is trained: its blocks at the run's members, its ends fetched from them.
 
-When the weights change, the members say so; then the ends are fetched anew and the text is read again, so that every
-token comes of weights of one moment.
+When the weights change, the members of a session say so; then the text is read again. With every session that begins,
+the ends are fetched anew if they are old, so that every token comes of weights of one moment; where rounds are as short
+as a session takes to begin, a first token may come of two that follow each other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from swarm.runs.origin import config_of, tokenizer_of
 from swarm.runs.run import Run
 from swarm.runs.weights import Fetcher, stage_plans
 from swarm.speculation.tuning import Speculate
+from swarm.types import Offer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -67,19 +69,29 @@ def model_of_run(
     skeleton.keep_ends(chain, examine(config).returns)
     fetcher = Fetcher(run, network.rpc, stage_plans(run, config))
 
-    async def fetch() -> dict[str, torch.Tensor]:
-        return await fetcher.ends(await network.offers(run.id, run.num_blocks))
+    async def offers() -> list[Offer]:
+        return await network.offers(run.id, run.num_blocks)
 
-    ends = loop.run(fetch())
+    async def fetch() -> tuple[int, dict[str, torch.Tensor]]:
+        return await fetcher.ends(await offers())
+
+    async def newest() -> int | None:
+        return await fetcher.newest(await offers())
+
+    held, ends = loop.run(fetch())
     skeleton.load({name: _giving(weight) for name, weight in ends.items()}, "cpu")
     skeleton.settle("cpu")
     model = skeleton.top
 
-    def refresh() -> None:
-        fresh = loop.run(fetch())
+    def refresh() -> bool:
+        nonlocal held
+        if loop.run(newest()) == held:
+            return False
+        held, fresh = loop.run(fetch())
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(fresh[name])
+        return True
 
     chain.refresh = refresh
     return connect(model, chain)

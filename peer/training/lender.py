@@ -47,6 +47,8 @@ class Lender:
             raise NotReady("the stage holds no weights yet")
         if round_ not in (NEWEST, now) and round_ not in self._kept:
             raise Forgotten(f"the weights of round {round_} are gone; {now} is collected")
+        if round_ == NEWEST and place.stop - place.start == 1:  # that is to ask for the round alone
+            return self._stage.optimizer.weights[place].clone().cpu(), now
         round_ = now if round_ == NEWEST else round_
         if round_ not in self._kept:  # whoever asks for a piece will ask for more, and the next step is near
             self._kept[round_] = self._stage.optimizer.weights.clone()

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SECONDS = 30.0  # for a member to answer with a chunk
 ATTEMPTS = 5  # at weights of one and the same round
+STEP_SECONDS = 0.1  # for the others to make the step that one has made; twice as long each time
 SHARD = "1GB"  # of a model that is written: as much of it is in memory at once
 
 
@@ -60,17 +63,46 @@ class Fetcher:
     """Asks members for weights."""
 
     def __init__(self, run: Run, rpc: Rpc, plans: Sequence[StagePlan]) -> None:
-        self.plans = plans
+        self.plans = list(plans)
         self._key = bytes.fromhex(run.id)[:16]
         self._rpc = rpc
 
-    async def ends(self, offers: Sequence[Offer]) -> dict[str, torch.Tensor]:
-        """The weights beside the blocks, by their names in the whole model. Raises `NoRoute` or a `RemoteError`."""
-        first, last = self.plans[0], self.plans[-1]
-        found: dict[str, torch.Tensor] = {}
-        for plan in {id(first): first, id(last): last}.values():
-            found |= (await self._stage(plan, offers, _beside(plan), NEWEST))[0]
-        return found
+    async def ends(self, offers: Sequence[Offer]) -> tuple[int, dict[str, torch.Tensor]]:
+        """A round, and the weights beside the blocks at its beginning, by their names in the whole model.
+
+        Raises `NoRoute` or a `RemoteError`.
+        """
+        for attempt in range(ATTEMPTS):
+            rounds: set[int] = set()
+            found: dict[str, torch.Tensor] = {}
+            for plan in self._outer:
+                weights, round_ = await self._stage(plan, offers, _beside(plan), NEWEST)
+                rounds.add(round_)
+                found |= weights
+            if len(rounds) == 1:
+                return rounds.pop(), found
+            await asyncio.sleep(STEP_SECONDS * 2**attempt)
+        raise NoRoute("the ends of the model are never at the same round while they are fetched")
+
+    async def newest(self, offers: Sequence[Offer]) -> int | None:
+        """The round whose weights both ends of the model have at this moment; None while one is ahead.
+
+        Raises as `ends`.
+        """
+        rounds = set()
+        for plan in self._outer:
+            entry = plan.layout.entries[0]
+
+            def ask(link: Link, entry: Entry = entry) -> Awaitable[int]:
+                return self._fill(torch.empty(1), link, entry, NEWEST)
+
+            rounds.add(await self._of_any(plan, offers, ask))
+        return rounds.pop() if len(rounds) == 1 else None
+
+    @property
+    def _outer(self) -> list[StagePlan]:
+        """The first and the last stage."""
+        return self.plans[:1] if len(self.plans) == 1 else [self.plans[0], self.plans[-1]]
 
     async def everything(self, offers: Sequence[Offer], folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
         """A round, and all weights at its beginning, mapped from a file on the disk of `folder`: memory may be smaller.
@@ -102,12 +134,14 @@ class Fetcher:
         room: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], int]:
         """Weights of one stage under the whole model's names, in `room` if there is some; the round they are of."""
-        hosts = [offer for offer in offers if offer.span == plan.span]
+        return await self._of_any(plan, offers, lambda link: self._from(link, plan, names, round_, room))
+
+    async def _of_any(self, plan: StagePlan, offers: Sequence[Offer], ask: Callable[[Link], Awaitable[T]]) -> T:
+        """What the first member of a stage says that says something."""
         last: Exception = NoRoute(f"nobody holds blocks {plan.span}", ((plan.span.start, plan.span.end),))
-        for offer in hosts:
+        for offer in [offer for offer in offers if offer.span == plan.span]:
             try:
-                link = await self._rpc.connect(offer.peer, offer.addresses)
-                return await self._from(link, plan, names, round_, room)
+                return await ask(await self._rpc.connect(offer.peer, offer.addresses))
             except RemoteError as error:
                 log.info("no weights from peer=%s error=%r", offer.peer[-6:], str(error))
                 last = error

@@ -17,7 +17,8 @@ NEWEST = -1
 class Weights(Message, tag="weights"):
     """Give `count` of the stage's weights from `start` on, as they were at the beginning of `round` (-1: now).
 
-    Answered by `Slice`. What begins with -1 goes on with the round that was answered: the peer keeps those a while.
+    Answered by `Slice`. What begins with -1 goes on with the round that was answered: the peer keeps those a while,
+    unless it was asked for one weight alone, as who only wants to know the round does.
     """
 
     run: Key
