@@ -121,8 +121,9 @@ class Trainer:
             yield ended
             if decision.outcome == "stop":
                 raise ModelDiverged(
-                    f"the run was stopped after round {decision.round}: {decision.skipped} rounds in a row had a loss "
-                    "or a gradient that is no finite number; its last good checkpoint is the place to go on from"
+                    f"the run was stopped after round {decision.round + 1}: {decision.skipped} in a row had a loss or "
+                    "a gradient that is no finite number; its peers say which checkpoint was the last good one, and "
+                    "swarm gather --checkpoints makes a model of it"
                 )
             if decision.round + 1 >= self.run.rounds:
                 return

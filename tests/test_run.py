@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from runs import run_text, save_run, small_run
 
 from swarm.errors import UsageError
 from swarm.runs.origin import byte_tokenizer, config_of
 from swarm.runs.run import Run, differences, load, parse
 from swarm.types import Span
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def changed(old: str, new: str) -> Run:
@@ -73,6 +78,18 @@ def test_a_wrong_field_is_named(old: str, new: str, told: str) -> None:
     with pytest.raises(UsageError, match="the run") as caught:
         changed(old, new)
     assert told in str(caught.value)
+
+
+def test_the_example_explains_every_field() -> None:
+    shown = re.sub(r"^# (?=\w+ = )", "", (CONFIGS / "train-demo.toml").read_text(), flags=re.MULTILINE)
+    tables = {name: field.annotation for name, field in Run.model_fields.items()}
+    said = tomllib.loads(shown)
+    assert said.keys() == tables.keys()
+    for name, kind in tables.items():
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            assert said[name].keys() == kind.model_fields.keys(), name
+    for file in CONFIGS.glob("train-*.toml"):
+        assert load(file).spans
 
 
 def test_evaluation_needs_samples_that_are_held_out() -> None:
