@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from runs import run_text, save_run, small_run
 
 from swarm.errors import UsageError
+from swarm.runs.metrics import Metrics, Round
 from swarm.runs.origin import byte_tokenizer, config_of
 from swarm.runs.run import Run, differences, load, parse
 from swarm.types import Span
@@ -90,6 +91,17 @@ def test_the_example_explains_every_field() -> None:
             assert said[name].keys() == kind.model_fields.keys(), name
     for file in CONFIGS.glob("train-*.toml"):
         assert load(file).spans
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk here that is always full")
+def test_a_full_disk_ends_the_metrics_and_not_the_training(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics(Path("/dev/full"))
+    for number in range(3):
+        metrics.add(Round(number, 5.0 - number, 7, 112, 0.1, [1], "commit", 1.0, 0.01))
+    metrics.close()
+    assert len(caplog.records) == 1
+    assert "no more metrics are written file=/dev/full" in caplog.text
+    assert metrics.curve == [(0, 5.0), (1, 4.0), (2, 3.0)]
 
 
 def test_evaluation_needs_samples_that_are_held_out() -> None:

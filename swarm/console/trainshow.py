@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from swarm.console.terminal import ProgressBars, console
-from swarm.errors import RemoteError, ShoalError, UsageError
+from swarm.console.terminal import ProgressBars, console, error_line
+from swarm.errors import DiskFull, RemoteError, ShoalError, UsageError
 from swarm.imports import import_lightly
 from swarm.runs.metrics import Metrics, Round
 from swarm.runs.run import Run
@@ -55,8 +55,11 @@ async def train_and_show(wanted: Training) -> None:
                 console.print(f"the model of round {round_} is in {wanted.output}")
         finally:
             metrics.close()
-            if metrics.curve:
-                metrics.plot(wanted.plot, wanted.run.name)
+            try:
+                if metrics.curve:
+                    metrics.plot(wanted.plot, wanted.run.name)
+            except DiskFull as error:  # how the run ended is told as well
+                console.print(error_line(str(error)), soft_wrap=True)
     finally:
         await node.close()
 

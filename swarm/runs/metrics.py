@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from swarm.errors import DiskFull
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,7 +63,7 @@ class Metrics:
                 raise DiskFull(f"the metrics cannot be written to {file}: {error}") from None
 
     def add(self, ended: Round) -> None:
-        """Another round is over. Raises `DiskFull`."""
+        """Another round is over. Where its line cannot be written, none is from then on: training matters more."""
         self.recent.append(ended)
         if math.isfinite(ended.loss):
             self.curve.append((ended.round, ended.loss))
@@ -71,12 +75,14 @@ class Metrics:
         try:
             print(json.dumps({**fields, "tokens_per_second": ended.tokens_per_second}), file=self._open, flush=True)
         except OSError as error:
-            raise DiskFull(f"the metrics cannot be written to {self._file}: {error}") from None
+            log.error("no more metrics are written file=%s error=%r", self._file, str(error))
+            self.close()
 
     def close(self) -> None:
         """No more rounds come."""
         if self._open is not None:
-            self._open.close()
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                self._open.close()
             self._open = None
 
     def plot(self, file: Path, title: str) -> None:
