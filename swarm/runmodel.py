@@ -7,7 +7,8 @@ as a session takes to begin, a first token may come of two that follow each othe
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -17,13 +18,13 @@ from swarm.chain import Chain, Terms
 from swarm.client import connect, mixin
 from swarm.cutting.skeleton import Skeleton
 from swarm.cutting.verdict import examine
-from swarm.errors import UsageError
-from swarm.network import Network, Waiting, warn_missing
+from swarm.errors import NoRoute, RemoteError, UsageError
+from swarm.network import POLL_SECONDS, Network, Waiting, warn_missing
 from swarm.runs.origin import config_of, tokenizer_of
 from swarm.runs.run import Run
 from swarm.runs.weights import Fetcher, stage_plans
 from swarm.speculation.tuning import Speculate
-from swarm.types import Offer
+from swarm.types import Offer, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def model_of_run(
         speculate: whether tokens are drafted from the text.
 
     Raises:
-        NoRoute: some stage has no member that is online.
+        NoRoute: some stage has no member that is online, nor gets one in time.
         CannotCut: the model cannot be cut.
     """
     chain = Chain(cast("BackgroundLoop", loop), network, run.id, config, waiting, standby, speculate, terms)
@@ -78,7 +79,7 @@ def model_of_run(
     async def newest() -> int | None:
         return await fetcher.newest(await offers())
 
-    held, ends = loop.run(fetch())
+    held, ends = loop.run(_patiently(fetch, waiting))
     skeleton.load({name: _giving(weight) for name, weight in ends.items()}, "cpu")
     skeleton.settle("cpu")
     model = skeleton.top
@@ -124,6 +125,23 @@ def open_run(
     except BaseException:
         background.close()
         raise
+
+
+async def _patiently(fetch: Callable[[], Awaitable[T]], waiting: Waiting) -> T:
+    """What `fetch` fetches, once there is somebody to fetch it from. Raises what it raises when that takes too long."""
+    clock, told = asyncio.get_running_loop().time, tuple[Span, ...]()
+    deadline = clock() + waiting.first
+    while True:
+        try:
+            return await fetch()
+        except (NoRoute, RemoteError) as error:
+            if clock() >= deadline:
+                raise
+            missing = tuple(Span(*each) for each in error.missing) if isinstance(error, NoRoute) else ()
+        if missing != told and missing and waiting.on_missing is not None:
+            waiting.on_missing(missing)
+        told = missing
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _giving(weight: torch.Tensor) -> Any:

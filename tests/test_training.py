@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm.chain import Terms
 from swarm.console.conversation import Conversation
 from swarm.errors import ModelDiverged, UsageError
+from swarm.network import Waiting
 from swarm.runmodel import open_run
 from swarm.runs.metrics import Round
 from swarm.runs.origin import byte_tokenizer
 from swarm.runs.run import Run, parse
 from swarm.runs.samples import Samples
 from swarm.speculation.tuning import Counts
+from swarm.types import Span
 
 pytestmark = pytest.mark.slow
 
@@ -208,6 +210,25 @@ def asked(run: Run, address: str, prompt: str, tokens: int) -> tuple[str, Counts
         answer = talk.answer(talk.encode(prompt, raw=True), max_new_tokens=tokens, do_sample=False)
         talk.forget()
     return prompt + answer.text, answer.counts
+
+
+async def test_who_wants_a_runs_model_before_its_peers_are_there_waits_for_them(tmp_path: Path) -> None:
+    run = small_run(rounds=2)
+    loop, missed, told = asyncio.get_running_loop(), asyncio.Event(), list[tuple[Span, ...]]()
+
+    def tell(missing: tuple[Span, ...]) -> None:
+        told.append(missing)
+        loop.call_soon_threadsafe(missed.set)
+
+    async with training_swarm(run, tmp_path) as swarm:
+        waiting = Waiting(first=40.0, on_missing=tell)
+        opening = asyncio.ensure_future(asyncio.to_thread(open_run, run, [swarm.address], waiting))
+        await asyncio.wait({opening, asyncio.ensure_future(missed.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await swarm.member(0)
+        await train(await swarm.trainer())
+        model, _ = await opening
+        await asyncio.to_thread(model.close)
+    assert told[0] == (Span(0, 4),)
 
 
 async def test_another_file_under_the_same_name_is_refused_with_the_field(tmp_path: Path) -> None:
