@@ -138,6 +138,30 @@ def test_every_replica_stays_on_the_curve_of_one_process_whatever_fails(seed: in
     play(seed, overlap)
 
 
+def test_a_trainer_that_missed_how_a_round_ended_helps_to_replace_a_coordinator_that_died() -> None:
+    """Without it, the other replica is no majority."""
+    run = Run(0, 1, 2, 1)
+    assert run.advance_to(2)
+    assert run.network.run(lambda: run.phase() is Phase.DECIDE, LIMIT)
+    run.partition([*run.trainers], 1.5)
+    assert run.advance_to(3)
+    coordinator = run.coordinator()
+    assert coordinator is not None
+    assert run.trainers[0].machine.round == 2
+    run.kill(coordinator)
+    assert run.advance_to(5, run.network.now + 10.0)
+
+
+def test_a_trainer_that_was_cut_off_with_a_coordinator_finds_the_one_elected_meanwhile() -> None:
+    run = Run(0, 2, 2, 1)
+    assert run.advance_to(2)
+    before = run.coordinator()
+    assert before is not None
+    run.partition([before, *run.trainers], 6.0)
+    assert run.network.run(lambda: run.coordinator() is not before, LIMIT)
+    assert run.advance_to(4, run.network.now + 10.0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("fifty", range(10))

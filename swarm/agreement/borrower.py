@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from swarm.agreement.assignments import Plan
 from swarm.agreement.messages import Join, Lent, Take, Work
 from swarm.agreement.participant import Participant
-from swarm.rounds import BEAT
+from swarm.rounds import BEAT, SILENCE
 from swarm.types import PeerId
 
 
@@ -61,18 +61,18 @@ class Borrower(Participant):
     def _of(self, round_: int) -> _Loans:
         return self._loans.setdefault(round_, _Loans())
 
-    def _answer(self, coordinator: PeerId, now: float) -> None:
-        self._ask_for_work(now)
-
     def _ask_for_work(self, now: float) -> None:
+        if self.previous is not None and self.coordinating is not None:
+            self._answer(self.coordinating, now)
+
+    def _answer(self, sender: PeerId, now: float) -> None:
+        assert self.previous is not None
         self._asked = now
-        if self.previous is None or self.coordinating is None:
-            return
         line, number = self.previous.roster.line, self._next_number()
         now_, next_ = self._of(self.round), self._of(self.round + 1)
         holding, ahead = sorted(now_.holding.items()), sorted(next_.holding.items())
         take = Take(line, self.round, self._promised, number, self.want, now_.seen, holding, next_.seen, ahead)
-        self._send(self.coordinating, take)
+        self._send(sender, take)
 
     def _entered(self, now: float) -> None:
         assert self.previous is not None
@@ -83,6 +83,10 @@ class Borrower(Participant):
         self.todo = deque((round_, lent) for round_, lent in self.todo if round_ in self._loans)
         if self.seated:
             self._ask_for_work(now)
+
+    def _is_outside(self, now: float) -> bool:
+        # It never stands for election, and a coordinator that has lost it calls it no more: so it asks who there is.
+        return super()._is_outside(now) or now - self._heard >= SILENCE
 
     def _call(self, now: float) -> None:
         for peer in self._whom_to_call(now):

@@ -221,9 +221,9 @@ class Member(Participant):
             self.effects.append(Abandon())
         self._attempt = self._report = None
 
-    def _answer(self, coordinator: PeerId, now: float) -> None:
-        if self.previous is not None and self.seated:
-            self._send(coordinator, self.status())
+    def _answer(self, sender: PeerId, now: float) -> None:
+        if self.seated:
+            self._send(sender, self.status())
 
     def _tell(self, now: float) -> None:
         """Something changed: whoever coordinates is to know at once."""

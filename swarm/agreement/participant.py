@@ -88,8 +88,11 @@ class Participant:
         if line is not None and not isinstance(message, Order):
             if self.previous is None or line != self.previous.roster.line:
                 return
-            if (of := message.round) != self.round:  # type: ignore[attr-defined]
+            if (of := message.round) < self.round:  # type: ignore[attr-defined]
                 self._help(sender, of)
+                return
+            if of > self.round:
+                self._answer(sender, now)  # it hears that we are behind, and helps
                 return
         if (handler := self._handlers.get(type(message))) is not None:
             handler(sender, message, now)
@@ -145,8 +148,8 @@ class Participant:
         if self.coordinator is not None and order.term > self.coordinator.term:
             self.coordinator = None
 
-    def _answer(self, coordinator: PeerId, now: float) -> None:
-        """Tell the coordinator how far this is."""
+    def _answer(self, sender: PeerId, now: float) -> None:
+        """Tell a coordinator, or who is a round ahead, how far this is."""
         raise NotImplementedError
 
     def _help(self, sender: PeerId, round_: int) -> None:
@@ -278,10 +281,14 @@ class Participant:
             self._send(peer, self.coordinator.order())
 
     def _beat(self, now: float) -> None:
-        """Call again, where we are not in the roster."""
-        if not self.seated and now - self._called >= BEAT:
+        """Call again, where nobody calls us."""
+        if self._is_outside(now) and now - self._called >= BEAT:
             self._called = now
             self._call(now)
+
+    def _is_outside(self, now: float) -> bool:
+        """Whether it has to ask for a place in the roster."""
+        return not self.seated
 
     def _call(self, now: float) -> None:
         """Ask for a place in the roster."""
