@@ -149,7 +149,7 @@ def test_a_trainer_that_missed_how_a_round_ended_helps_to_replace_a_coordinator_
     assert coordinator is not None
     assert run.trainers[0].machine.round == 2
     run.kill(coordinator)
-    assert run.advance_to(5, run.network.now + 10.0)
+    assert run.advance_to(5, run.network.now + 30.0)
 
 
 def test_a_trainer_that_was_cut_off_with_a_coordinator_finds_the_one_elected_meanwhile() -> None:

@@ -6,6 +6,7 @@ be done in `effects`. Whoever drives it (`peer.training.member`, a test) empties
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
@@ -112,7 +113,9 @@ class Participant:
 
     def meet(self, peers: Collection[PeerId]) -> None:
         """These say elsewhere (in the DHT) that they are members of the run."""
-        self._elsewhere = [peer for peer in peers if peer != self.me]
+        known, self._elsewhere = self._elsewhere, [peer for peer in peers if peer != self.me]
+        if not known and self._elsewhere:
+            self._called = -math.inf  # the first that are known of are called at once
 
     @property
     def seated(self) -> bool:
