@@ -32,11 +32,12 @@ def proven(max_body: int = 1 << 24) -> FrameReader:
 def read(reader: FrameReader, data: bytes, cuts: Iterator[int] | None = None) -> list[Received]:
     """Feed `data` in pieces of the sizes that `cuts` says, as large as the reader takes them without it."""
     messages: list[Received] = []
-    while data:
+    left = memoryview(data)
+    while left:
         buffer = reader.buffer()
         assert len(buffer) > 0
-        count = min(len(buffer), len(data), next(cuts) if cuts else len(data))
-        buffer[:count], data = data[:count], data[count:]
+        count = min(len(buffer), len(left), next(cuts) if cuts else len(left))
+        buffer[:count], left = left[:count], left[count:]
         messages += reader.advance(count)
     reader.buffer()  # raises what is wrong with the rest
     return messages
