@@ -17,15 +17,9 @@ Done = Callable[[Any, "BaseException | None"], None]
 
 
 class Executor:
-    """Runs work in one thread, in the order it was given, and tells the loop when it is done.
+    """Runs work in one thread, in the order it was given, and tells the loop when it is done."""
 
-    Args:
-        niceness: how far the thread, and those that torch starts for it, let other work on the machine go first, as
-            `nice` has it. On Linux alone: elsewhere a thread has no niceness of its own.
-    """
-
-    def __init__(self, niceness: int = 0) -> None:
-        self._niceness = niceness if sys.platform == "linux" else 0
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -51,9 +45,15 @@ class Executor:
         self.submit(work, done)
         return await future
 
+    async def give_way(self, niceness: int) -> None:
+        """From now on let other work on the machine go first, as far as `nice` has it.
+
+        The thread does, and those that torch starts for it. On Linux alone: elsewhere threads have no niceness.
+        """
+        if niceness and sys.platform == "linux":
+            await self.run(lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness))
+
     def _work(self) -> None:
-        if self._niceness:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (item := self._queue.get()) is not None:
             work, done = item
             result, failure = self._run(work)

@@ -74,7 +74,7 @@ class Node:
         self.rpc = Rpc(self.transport)
         self.bearings = Bearings()
         self.rpc.timed = self.bearings.timed
-        self.executor = Executor(settings.nice)
+        self.executor = Executor()
         self.discovery: Discovery | None = None
         self.hosting: Hosting | None = None
         self.mover: Mover | None = None
@@ -105,7 +105,7 @@ class Node:
     async def start(self) -> None:
         """Listen, join the swarm, load a span, say so. Raises what stands in the way, with what to do about it."""
         listen = parse_address(self.settings.listen)
-        heavy = asyncio.ensure_future(asyncio.to_thread(_import_heavy))  # seconds; the rest goes on meanwhile
+        heavy = asyncio.ensure_future(self.executor.run(_import_heavy))  # seconds; the rest goes on meanwhile
         try:
             address = await self.transport.listen(listen, self.rpc.accept)
             dht_port = listen.port + 1 if listen.port else 0
@@ -121,6 +121,7 @@ class Node:
             heavy.cancel()  # whoever is to hear of a mistake, or pressed Ctrl-C, does not wait for it
             raise
         await heavy
+        await self.executor.give_way(self.settings.nice)  # the import does not: somebody waits for it
         self.hosting = Hosting(folder, offer.model, self.settings, self.rpc, self.executor, self._tell)
         count = None if self.settings.blocks is not None else await self._take_place()
         await asyncio.wait({around}, timeout=AROUND_SECONDS)
@@ -351,7 +352,7 @@ def _name_of(model: str) -> str:
 
 
 def _import_heavy() -> None:
-    """Torch and transformers take seconds to import; do it in a thread while the loop joins the swarm."""
+    """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
     import_lightly("swarm.model", "peer.capacity", "peer.server")
 
 

@@ -27,7 +27,8 @@ async def executor(nothing_left: None) -> AsyncIterator[Executor]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
 async def test_its_thread_can_let_others_go_first(nothing_left: None) -> None:
-    executor = Executor(niceness=7)
+    executor = Executor()
+    await executor.give_way(7)
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     found = await executor.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
     await executor.close()

@@ -76,7 +76,7 @@ class TrainNode:
         self._progress = progress
         self.transport = TcpTransport(identity)
         self.rpc = Rpc(self.transport)
-        self.executor = Executor(settings.nice)
+        self.executor = Executor()
         self.leases = Leases(0, settings.lease_seconds)
         self.discovery: Discovery | None = None
         self.stage: TrainingStage | None = None
@@ -94,7 +94,7 @@ class TrainNode:
     async def start(self) -> None:
         """Listen, join the swarm, take a stage, take part. Raises what stands in the way, with what to do about it."""
         listen = parse_address(self.settings.listen)
-        heavy = asyncio.ensure_future(asyncio.to_thread(_import_heavy))
+        heavy = asyncio.ensure_future(self.executor.run(_import_heavy))
         try:
             address = await self.transport.listen(listen, self.rpc.accept)
             answer_terms(self.rpc, self.run)
@@ -107,6 +107,7 @@ class TrainNode:
             heavy.cancel()
             raise
         await heavy
+        await self.executor.give_way(self.settings.nice)  # the import does not: somebody waits for it
         await self._take_part(number, self._offer)
 
     async def _take_part(self, number: int, offer: Offer) -> None:
@@ -312,5 +313,5 @@ def _ignored(_: object) -> None:
 
 
 def _import_heavy() -> None:
-    """Torch and transformers take seconds to import; do it in a thread while the loop joins the swarm."""
+    """Torch and transformers take seconds to import; do it in the compute thread while the loop joins the swarm."""
     import_lightly("peer.training.stage", "peer.training.member", "peer.server", "swarm.runs.origin")
