@@ -71,7 +71,10 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"
 _ASSIGNMENT = "scipy.optimize", "linear_sum_assignment"
 _KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "torch._dynamo": dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _unchanged),
+    "torch._dynamo": {
+        **dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _unchanged),
+        "graph_break": lambda: None,  # every step of an optimizer calls it
+    },
     **{module: {name: _later(module, name)} for module, name in (_INDEXING, _ASSIGNMENT)},
 }
 

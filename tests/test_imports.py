@@ -18,7 +18,9 @@ import_lightly("swarm.model")
 assert "sympy" not in sys.modules
 assert isinstance(sys.modules["torch._dynamo"], StandIn)
 import torch
-torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+weight = torch.nn.Parameter(torch.ones(1))
+weight.grad = torch.ones(1)
+torch.optim.AdamW([weight]).step()
 from transformers import masking_utils
 assert isinstance(sys.modules["torch._dynamo"], StandIn)
 with masking_utils.TransformGetItemToIndex():
