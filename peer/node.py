@@ -123,8 +123,8 @@ class Node:
         await heavy
         await self.executor.give_way(self.settings.nice)  # the import does not: somebody waits for it
         self.hosting = Hosting(folder, offer.model, self.settings, self.rpc, self.executor, self._tell)
-        count = None if self.settings.blocks is not None else await self._take_place()
         await asyncio.wait({around}, timeout=AROUND_SECONDS)
+        count = None if self.settings.blocks is not None else await self._take_place()
         await self._serve(self._announcer.offer.span)
         self._tasks.append(asyncio.create_task(self._keep()))
         self._tasks.append(asyncio.create_task(self._keep_bearings()))
@@ -170,7 +170,7 @@ class Node:
         assert self._announcer is not None
         chance, blocks = random.Random(), self._announcer.offer.num_blocks
         block, count = await self.hosting.probe(blocks // 2, blocks)
-        speed = block.tokens_per_second(count)
+        speed = block.tokens_per_second(count, self._bandwidth)
         span: Span | None = best_span((await self._survey()).strength, count, speed, chance)
         for _ in range(CHOICES):
             if span is None:

@@ -22,7 +22,7 @@ from swarm.errors import ShoalError
 
 ALL = "all"
 INTERRUPTED = 130
-WIDTH = 120  # of the table, where there is no terminal to fit it into
+WIDTH = 140  # of the table, where there is no terminal to fit it into
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 progress = Console(highlight=False, stderr=True)

@@ -18,7 +18,7 @@ from simulation.machines import MODELS, Model, Settings
 from simulation.report import SETTLED, document, plot, rows_of
 
 INTERRUPTED = 130
-WIDTH = 120  # of the table, where there is no terminal to fit it into
+WIDTH = 140  # of the table, where there is no terminal to fit it into
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 errors = Console(highlight=False, stderr=True)
