@@ -1,18 +1,13 @@
-"""The `peer` command, and `python -m peer`: Ctrl-C ends it quietly while it is still being imported, too."""
+"""The `peer` command, and `python -m peer`."""
 
 from __future__ import annotations
 
-import sys
+from swarm.__main__ import begin
 
 
 def main() -> None:
     """The console script."""
-    try:
-        from peer.cli import main
-
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)  # as `swarm.console.terminal` has it
+    begin("peer.cli")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+
+
+def begin(module: str) -> None:
+    """The command whose `main` is in `module`, from its import on."""
+    try:
+        importlib.import_module(module).main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as `swarm.console.terminal` has it
 
 
 def main() -> None:
     """The console script."""
-    try:
-        from swarm.cli import main
-
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)  # as `swarm.console.terminal` has it
+    begin("swarm.cli")
 
 
 if __name__ == "__main__":
