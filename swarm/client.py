@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 
 MAX_RESTARTS = 32  # of one forward, while a run goes on
-STRICT_RESTARTS = (
-    4  # of these, because weights changed while a session began: where rounds are as short, they always do
-)
+STRICT_RESTARTS = 4  # of these because weights changed while a session began; where rounds are as short, they always do
 
 
 class SwarmMixin(SpeculatingMixin):
