@@ -20,7 +20,8 @@ them into the next round; what is missing there is lent there.
 Deciding is single-decree Paxos (Lamport, "Paxos made simple", 2001), one instance a round: the voters are the roster's
 that the decision before named, term 0 belongs to the coordinator that it named, and a higher term to whom a majority
 has granted it (`swarm.agreement.participant`). So a decision is never changed, whoever dies, and two coordinators
-cannot decide differently; a member that missed one notices, and fetches its state from those who have not.
+cannot decide differently; a member that missed one notices, and fetches its state from those who have not. Where a
+stage has nobody left who holds its state, that is decided too: all leave, and begin anew from what they have saved.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import enum
 from collections import Counter
 from collections.abc import Iterable
 
+from msgspec import structs
+
 from swarm.agreement.assignments import Assignments, Plan
 from swarm.agreement.census import Census
-from swarm.agreement.judgement import Verdict, accused, differing, doubly_counted, judge
+from swarm.agreement.judgement import Verdict, accused, doubly_counted, judge
 from swarm.agreement.messages import (
     MAX_MEMBERS,
     MAX_TRAINERS,
@@ -56,6 +59,7 @@ from swarm.wire import Message
 BEAT = 0.25  # seconds between two signs of life
 SILENCE = 2.0  # seconds after which a peer counts as lost
 UNREADY = 10.0  # seconds that a member may take for the last round's step
+GIVE_UP = 30.0  # seconds without a coordinator, a majority or a stage's state, after which all look for a new beginning
 LONGEST_ATTEMPT = 60.0  # seconds; members notice earlier that nothing moves, this is for those who do not tell
 SECOND_OPINION = 0.3  # seconds between the first word that an attempt failed and the verdict who is to blame
 SILENT = "is silent"
@@ -119,6 +123,7 @@ class Coordinator:
         self._strikes = 0
         self._failed_at: float | None = None  # when the first word of it came
         self._begun = now
+        self._whole = now  # when every stage had somebody who holds its state
         self._entered = now  # the phase
         self._told = now
         self._seen = now
@@ -198,6 +203,8 @@ class Coordinator:
             self._close(now)
         if self.phase is Phase.AVERAGE:
             self._average(now)
+        if self.phase is not Phase.DECIDE and self._is_lost(now):
+            self._propose(self._lost(), now)
         if self.phase is Phase.DECIDE:
             self._decide()
         if self.chosen is None and now - self._told >= BEAT:
@@ -289,6 +296,13 @@ class Coordinator:
         roster = self._next_roster(now)
         return Decision(self.round, self.term, self.attempt, outcome, 0.0, 0.0, [], roster, skipped)
 
+    def _lost(self) -> Decision:
+        """The roster tells who still holds the state."""
+        holding = [peer for peer in self.census.living() if self.census.is_ready(peer)] or [self.me]
+        seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in holding]
+        roster = structs.replace(self.previous.roster, coordinator=self.me, members=seats)
+        return Decision(self.round, self.term, self.attempt, "lost", 0.0, 0.0, [], roster)
+
     def _blame(self, blamed: dict[PeerId, str], now: float) -> None:
         """Go on without those who sent what cannot be right; if most did, it is the round that is wrong."""
         for stage in range(self.plan.stages):
@@ -334,6 +348,7 @@ class Coordinator:
         gap, self._seen = now - self._seen, now
         if gap > SILENCE / 2:  # it was us who slept: others are not to blame for it
             self._heard = {peer: heard + gap for peer, heard in self._heard.items()}
+            self._whole += gap
         for peer, heard in list(self._heard.items()):
             if peer != self.me and now - heard > SILENCE:
                 self._lose(peer)
@@ -358,33 +373,27 @@ class Coordinator:
         self.census.out.setdefault(peer, why)
         return True
 
+    def _is_lost(self, now: float) -> bool:
+        """Whether a stage has been without anybody who holds its state for so long that nobody will come."""
+        if self.census.is_whole():
+            self._whole = now
+        return now - self._whole > GIVE_UP
+
     def _heal_differing(self) -> None:
-        for stage in range(self.plan.stages):
-            if not all(self.census.is_known(peer) for peer in self.census.living(stage)):
-                continue  # of a part of them, the wrong ones may be most
-            digests = {peer: self.census.statuses[peer].digest for peer in self.census.living(stage)}
-            for peer in differing(digests, self.census.order):
-                self._drop(peer, "holds other parameters than its replicas")
-                self.differing.add(peer)
+        for peer in self.census.differing():
+            self._drop(peer, "holds other parameters than its replicas")
+            self.differing.add(peer)
 
     def _next_roster(self, now: float) -> Roster:
         living, avoided = set(self.census.living()), self.avoidance.avoided(now)
         seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
         for peer, join in self._joins.items():
-            if peer not in living and peer not in avoided and len(seats) < MAX_MEMBERS and self._may_enter(join):
+            welcome = peer not in living and peer not in avoided and join.round == self.round
+            if welcome and len(seats) < MAX_MEMBERS and self.census.admits(join):
                 seats += seats_of([join])
         next_ = self.me if self.me in living else first(seats)
         trainers = list[str](sorted(self._trainers, key=lambda peer: (peer not in self.previous.roster.trainers, peer)))
         return Roster(self.plan.run, self.previous.roster.line, next_, seats, trainers[:MAX_TRAINERS])
-
-    def _may_enter(self, join: Join) -> bool:
-        """Whether a newcomer holds what the replicas of its stage hold."""
-        if join.stage is None or join.endpoint is None or join.round != self.round or join.stage >= self.plan.stages:
-            return False
-        held = {
-            self.census.statuses[peer].digest for peer in self.census.living(join.stage) if self.census.is_ready(peer)
-        }
-        return not (held - {b""}) or join.digest in held
 
     # --- what goes out -----------------------------------------------------------------------------------------------
 

@@ -109,6 +109,8 @@ class Trainer:
                 decision = deciding.result()
             finally:
                 deciding.cancel()
+            if decision.outcome in ("begin", "lost"):
+                self._losses.clear()  # of weights that nobody has any more
             if decision.outcome == "begin":
                 if decision.round + 1 >= self.run.rounds:
                     return

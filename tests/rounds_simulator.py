@@ -30,6 +30,7 @@ TICK = 0.05  # seconds
 COMPUTE = 0.02  # seconds of a micro-batch at one stage
 STEP = 0.01  # seconds of an optimizer step
 ALLREDUCE_STALL = 1.0  # seconds after which a member gives up on who has not sent
+SAVING = 2  # rounds between two checkpoints
 PATIENCE = 0.6  # seconds that a trainer waits for a stage
 
 Gradient = tuple[float, ...]
@@ -112,6 +113,7 @@ class Network:
     corrupt: dict[PeerId, Callable[[Part], Part]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     outcomes: dict[int, str] = field(default_factory=dict)  # of rounds
+    disks: dict[int, dict[int, State]] = field(default_factory=dict)  # by stage, what its replicas have saved
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -212,7 +214,8 @@ class SimulatedMember(Peer):
         self.stage = stage
         line = hashlib.sha256(f"{network.seed} {name} {network.now}".encode()).digest()[:16]
         endpoint = Endpoint(name, [("127.0.0.1", 1)])
-        self.machine = Member(plan, stage, endpoint, line, network.now)
+        self._disk = network.disks.setdefault(stage, {0: State(0, ZERO, ZERO)})
+        self.machine = Member(plan, stage, endpoint, line, network.now, lambda: self._disk)
         self.round = -1
         self.parameters: Gradient = ZERO
         self.earlier: Gradient = ZERO  # of the beginning of the round before
@@ -289,8 +292,7 @@ class SimulatedMember(Peer):
     # --- effects
 
     def _do_restore(self, effect: Restore) -> None:
-        assert effect.round == 0
-        self._load(State(0, ZERO, ZERO))
+        self._load(self._disk[effect.round])
 
     def _load(self, state: State) -> None:
         self.round, self.parameters, self.earlier = state.round, state.parameters, state.earlier
@@ -319,7 +321,7 @@ class SimulatedMember(Peer):
             self.machine.failed_to_fetch(self.network.now)
 
     def _came(self, state: State) -> None:
-        if self._fetching and state.round > self.round - 1:
+        if self._fetching and state.round >= min(self.round, self.machine.round):
             self._load(state)
 
     def _do_settled(self, effect: Settled) -> None:
@@ -384,6 +386,8 @@ class SimulatedMember(Peer):
                 self.parameters = _plus(self.parameters, mean)
             self.applied.append((self.round, len(self.samples), tuple(self.samples)))
             self._turn()
+            if self.round % SAVING == 0:
+                self._disk[self.round] = self._state()
             for follower in sorted(self._followers):
                 self.network.send(self.name, follower, self._state())
             self.machine.holds(self.round, self.digest(), self.network.now)

@@ -10,7 +10,7 @@ import pytest
 from faults import chosen
 from rounds_simulator import Part, Peer, Reference, Run, SimulatedMember
 
-from swarm.rounds import Phase
+from swarm.rounds import GIVE_UP, Phase
 
 SHAPES = ((1, 2, 1), (1, 3, 2), (2, 2, 1), (2, 2, 2), (2, 3, 2))  # stages, replicas, trainers
 ROUNDS = 6
@@ -160,6 +160,28 @@ def test_a_trainer_that_was_cut_off_with_a_coordinator_finds_the_one_elected_mea
     run.partition([before, *run.trainers], 6.0)
     assert run.network.run(lambda: run.coordinator() is not before, LIMIT)
     assert run.advance_to(4, run.network.now + 10.0)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_nobody_holds_any_more_is_gone_on_with_from_what_was_saved(stage: int) -> None:
+    """The others wait for it, as it may be cut off; then all go back to the last round that every stage has saved."""
+    run = Run(0, 2, 2, 1)
+    assert run.advance_to(3)
+    for member in [member for member in run.members if member.stage == stage]:
+        run.kill(member)
+    run.join(stage)
+    began = run.network.now
+    assert run.network.run(lambda: all(member.round == 2 for member in run.members), LIMIT)
+    assert run.network.now - began > GIVE_UP
+    assert run.advance_to(6)
+    check(run, [Reference(run.plan, stage, run.network.outcomes) for stage in range(2)], "after a stage was lost")
+
+
+@pytest.mark.parametrize("seed", [801, 1017, 1215, 1375])
+def test_who_has_left_a_line_of_the_run_comes_back_with_nothing_of_it(seed: int) -> None:
+    """What these seeds choose leaves too few to decide, or nobody who holds the last step."""
+    play(seed)
+    play(seed, overlap=True)
 
 
 @pytest.mark.slow

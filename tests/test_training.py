@@ -11,6 +11,8 @@ from runs import reference_curve, run_text, small_run
 from training_swarm import TrainingSwarm, samples_of_rounds, train, training_swarm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import swarm.agreement.member as rounds_of_member
+import swarm.rounds as rounds_of_coordinator
 from swarm.chain import Terms
 from swarm.console.conversation import Conversation
 from swarm.errors import ModelDiverged, UsageError
@@ -115,6 +117,32 @@ async def test_a_run_whose_peers_all_died_is_resumed(tmp_path: Path) -> None:
         rounds = await train(await swarm.trainer())
     assert rounds[0].round == 6
     assert losses(rounds) == pytest.approx(wanted[6:], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+async def test_a_stage_whose_peers_all_died_is_gone_on_with_from_its_checkpoint(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who are left, and saved what they held then, go back to it."""
+    for module in (rounds_of_coordinator, rounds_of_member):
+        monkeypatch.setattr(module, "GIVE_UP", 3.0)
+    run = small_run(TWO, rounds=12, more="\n[checkpoint]\nevery = 3\n")
+    wanted = expected(run, 12)
+    async with training_swarm(run, tmp_path) as swarm:
+        members = await asyncio.gather(swarm.member(0), swarm.member(1))
+        trainer = await swarm.trainer()
+        seen: list[Round] = []
+        async with asyncio.timeout(50.0):
+            async for ended in trainer.trainer.rounds():
+                seen.append(ended)
+                if ended.round == 7 and members[stage] in swarm.members:
+                    await swarm.kill(members[stage])
+                    await swarm.member(stage, resume=True)
+    lost = next(place for place, ended in enumerate(seen) if ended.outcome == "lost")
+    assert [count > 0 for count in seen[lost].peers] == [stage == 1, stage == 0]
+    assert [ended.round for ended in seen[lost + 1 :]] == list(range(6, 12))
+    assert losses(seen[:8]) == pytest.approx(wanted[:8], abs=1e-4)
+    assert losses(seen[lost + 1 :]) == pytest.approx(wanted[6:], abs=1e-4)
 
 
 async def test_what_was_trained_is_gathered_into_an_ordinary_folder(tmp_path: Path) -> None:

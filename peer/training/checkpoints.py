@@ -49,7 +49,7 @@ class Checkpoints:
 
     Args:
         folder: None to save nothing.
-        resume: whether to offer what an earlier life has saved.
+        resume: whether what an earlier life has saved can be gone on from, too.
     """
 
     def __init__(self, folder: Path | None, run: Run, stage: int, resume: bool = False) -> None:
@@ -57,13 +57,14 @@ class Checkpoints:
         self._run = run
         self._stage = stage
         self._resume = resume
+        self._own: set[int] = set()  # rounds that were saved in this life
         self._unproven: list[int] = []  # rounds that were saved, or gone on from, since the last step
 
     def rounds(self) -> list[int]:
         """The rounds that can be gone on from, the first one first."""
-        if self.folder is None or not self._resume or not self.folder.is_dir():
+        if self.folder is None or not self.folder.is_dir():
             return []
-        return sorted(round_ for round_ in rounds_in(self.folder) if self._files(round_)[1].exists())
+        return [round_ for round_ in self._mine() if self._resume or round_ in self._own]
 
     def save(self, round_: int, optimizer: Optimizer) -> None:
         """Save the state of the beginning of a round, and delete what is too old.
@@ -86,6 +87,7 @@ class Checkpoints:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full or "No space left" in str(error) else str(error)
             raise DiskFull(f"no checkpoint of round {round_} in {self.folder}: {what}") from error
+        self._own.add(round_)
         self._unproven.append(round_)
         self._thin_out()
         log.info("saved round=%d file=%s", round_, weights)

@@ -53,7 +53,7 @@ class MemberAttendance(Attendance):
         known: Known,
     ) -> None:
         now = asyncio.get_running_loop().time()
-        member = Member(plan, stage, endpoint, os.urandom(16), now, replica.saved())
+        member = Member(plan, stage, endpoint, os.urandom(16), now, replica.saved)
         super().__init__(rpc, member, known)
         self.replica = replica
         self._executor = executor
@@ -67,6 +67,7 @@ class MemberAttendance(Attendance):
         self._digesting: asyncio.Task[bytes] | None = None
         self._told_out: dict[PeerId, str] = {}
         self._crowded_out = False
+        self._alone = True
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -114,6 +115,7 @@ class MemberAttendance(Attendance):
             self._effects.put_nowait(effect)
         super().flush()
         self._say_who_is_out()
+        self._say_whether_alone()
         if self.participant.crowded_out != self._crowded_out:
             self._crowded_out = self.participant.crowded_out
             if self._crowded_out:
@@ -127,6 +129,16 @@ class MemberAttendance(Attendance):
             if peer not in self._told_out:
                 log.warning("round=%d goes on without peer=%s, which %s", self.round, peer[-6:], why)
         self._told_out = out
+
+    def _say_whether_alone(self) -> None:
+        """A run that comes to no end any more waits for others, which whoever runs it has to know."""
+        before, self._alone = self._alone, self.roster is None
+        if self._alone and not before:
+            log.warning(
+                "the run cannot go on with those who are left: waiting for a round that every stage has somebody for; "
+                "here that is rounds=%s",
+                sorted({round_ for round_ in (self.participant.held, *self.replica.saved()) if round_ >= 0}),
+            )
 
     async def _work(self) -> None:
         """One effect after another; what takes long goes on beside them, until it is abandoned or settled."""

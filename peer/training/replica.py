@@ -19,7 +19,7 @@ class Replica(Protocol):
     """The round whose gradient is being summed, -1 as long as nothing was restored or loaded."""
 
     def saved(self) -> Sequence[int]:
-        """The rounds at whose beginning it can start: those of its checkpoints, and 0 for the run's seed."""
+        """The rounds at whose beginning it can start now: those of its checkpoints, and 0 for the run's seed."""
 
     def restore(self, round_: int) -> None:
         """Start at the beginning of one of the `saved` rounds. Raises `ModelCorrupt`."""

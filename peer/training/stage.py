@@ -179,8 +179,8 @@ class TrainingStage:
     # --- rounds ----------------------------------------------------------------------------------------------------
 
     def saved(self) -> list[int]:
-        """The rounds at whose beginning it can start: those of its checkpoints, else 0."""
-        return self._checkpoints.rounds() or [0]
+        """The rounds at whose beginning it can start: those of its checkpoints; else 0, where nothing is lost by it."""
+        return self._checkpoints.rounds() or ([0] if self.round <= 0 else [])
 
     def restore(self, round_: int) -> None:
         """Start at the beginning of one of the `saved` rounds. Raises `ModelCorrupt`."""

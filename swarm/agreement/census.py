@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 from swarm.agreement.assignments import Assignments, Plan, from_bits
-from swarm.agreement.messages import Report, Roster, Share, Status
+from swarm.agreement.judgement import differing
+from swarm.agreement.messages import Join, Report, Roster, Share, Status
 from swarm.agreement.roster import members, stages
 from swarm.types import PeerId
 
@@ -46,6 +47,28 @@ class Census:
     def is_known(self, peer: PeerId) -> bool:
         """Whether it is ready, and has said which state it holds."""
         return self.is_ready(peer) and self.statuses[peer].digest != b""
+
+    def is_whole(self) -> bool:
+        """Whether every stage has somebody who holds what the round began with, or is about to."""
+        told = [(self.stages[peer], self.statuses[peer]) for peer in self.living() if peer in self.statuses]
+        held = {stage for stage, status in told if status.ready or status.stepping}
+        return len(held) == self._plan.stages
+
+    def differing(self) -> list[PeerId]:
+        """Who holds another state than its replicas; of a part of them, the wrong ones may be most."""
+        found: list[PeerId] = []
+        for stage in range(self._plan.stages):
+            if all(self.is_known(peer) for peer in self.living(stage)):
+                digests = {peer: self.statuses[peer].digest for peer in self.living(stage)}
+                found += differing(digests, self.order)
+        return found
+
+    def admits(self, join: Join) -> bool:
+        """Whether a newcomer holds what the replicas of its stage hold."""
+        if join.stage is None or join.endpoint is None or join.stage >= self._plan.stages:
+            return False
+        held = {self.statuses[peer].digest for peer in self.living(join.stage) if self.is_ready(peer)} - {b""}
+        return not held or join.digest in held
 
     def false_claims(self, status: Status) -> frozenset[int]:
         """What it claims to have counted and cannot have."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from swarm.agreement.assignments import Plan, to_bits
 from swarm.agreement.effects import Abandon, Apply, Average, Effect, Fetch, Restore, Settled, Void
@@ -29,12 +29,11 @@ from swarm.agreement.messages import (
 from swarm.agreement.participant import Participant
 from swarm.agreement.roster import first, members, seats_of, stages
 from swarm.errors import NotReady, StaleRound
-from swarm.rounds import SILENCE, Phase
+from swarm.rounds import GIVE_UP, SILENCE, Phase
 from swarm.types import PeerId
 from swarm.wire import Endpoint
 
 SETTLE = 2.0  # seconds that a peer looks for a run that goes on before it begins one
-GIVE_UP = 30.0  # seconds without a coordinator, after which a member looks for others to begin anew with
 
 
 class _Tally:
@@ -52,7 +51,7 @@ class Member(Participant):
         stage: which.
         endpoint: where it listens.
         line: 16 random bytes, the name of the line if it is this peer that begins the run; of the next, their hash.
-        saved: the rounds at whose beginning it can start (0 for fresh parameters from the run's seed).
+        saved: tells the rounds at whose beginning it can start (0 for fresh parameters from the run's seed).
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Member(Participant):
         endpoint: Endpoint,
         line: bytes,
         now: float,
-        saved: Collection[int] = (0,),
+        saved: Callable[[], Collection[int]] = lambda: (0,),
     ) -> None:
         super().__init__(plan, PeerId(endpoint.peer), now)
         self.stage = stage
@@ -70,7 +69,7 @@ class Member(Participant):
         self.effects: list[Effect] = []
         self.bandwidth = 0.0  # bytes a second, as measured in the last attempts
         self._line = line
-        self._saved = sorted(saved)[-MAX_SAVED:]
+        self._saved = saved
         self._held = -1  # the round at whose beginning the state is that is held; -1 for none
         self._digest = b""
         self._fetching = False
@@ -250,6 +249,7 @@ class Member(Participant):
             digest=self._digest if self._held == self.round else b"",
             bandwidth=self.bandwidth,
             ahead=to_bits(self._ahead.counted),
+            stepping=self._stepping,
         )
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class Member(Participant):
         """Get the state that the others hold, where it is not held and nothing is being done about it."""
         if self.previous is None or self._held == self.round or self._fetching or self._stepping:
             return
-        if self.previous.outcome == "begin" and self.round in self._saved:
+        if self.previous.outcome == "begin" and self.round in self._saved():
             self._step(Restore(self.round))
             return
         where = stages(self.previous.roster)
@@ -331,13 +331,13 @@ class Member(Participant):
         return self.coordinator.proposing(now) > GIVE_UP
 
     def _leave(self, now: float) -> None:
-        """Too few are left to decide anything: look for others to begin anew with, from what is held or saved."""
+        """Look for others to begin anew with, from what is held or saved."""
+        super()._leave(now)
         self._drop_attempt()
         if self._fetching:
             self.effects.append(Settled())
         self._fetching = False
-        self.previous = self.order = self.coordinator = None
-        self.round = -1
+        self._of_line = b""  # where it is this line again, sums of before are no part of it either
         self._alone_since = now
 
     def _call(self, now: float) -> None:
@@ -346,7 +346,7 @@ class Member(Participant):
         self._catch_up()
 
     def _join(self) -> Join:
-        saved = sorted({*self._saved, *([self._held] if self._held >= 0 else [])})[-MAX_SAVED:]
+        saved = sorted({*self._saved(), *([self._held] if self._held >= 0 else [])})[-MAX_SAVED:]
         return Join(self.plan.run, self.stage, self.endpoint, saved, self._held, self._digest)
 
     def _redirect(self, sender: PeerId, join: Join, now: float) -> None:

@@ -61,14 +61,15 @@ class Agreed(Message):
 class Decision(Message):
     """How a round ended: the same for everyone, chosen by a majority of its voters and never changed.
 
-    `outcome` is "commit" (one optimizer step), "skip" (the round is over without one), "stop" (so is the run) or
-    "begin" (there was no round: the run begins with the next one).
+    `outcome` is "commit" (one optimizer step), "skip" (the round is over without one), "stop" (so is the run), "begin"
+    (there was no round: the run begins with the next one) or "lost" (nobody of a stage holds what the round began
+    with: this line of the run is over, and everyone looks for a round that all stages have saved).
     """
 
     round: Round
     term: Term
     attempt: Count
-    outcome: Annotated[str, msgspec.Meta(pattern="^(commit|skip|stop|begin)$")]
+    outcome: Annotated[str, msgspec.Meta(pattern="^(commit|skip|stop|begin|lost)$")]
     factor: Factor  # that the mean gradient is multiplied with, so that its global norm is clipped
     norm: Finite  # global, of the mean gradient, before clipping
     agreed: Annotated[list[Agreed], msgspec.Meta(max_length=MAX_STAGES + 1)]
@@ -163,6 +164,7 @@ class Status(Message, tag="status"):
     digest: Digest  # of parameters and optimizer state at the beginning of the round; empty until it is computed
     bandwidth: Rate
     ahead: Bits = b""  # counted of the next round, where that is begun before this one has ended
+    stepping: bool = False  # whether it is about to be ready, without anybody's help: it steps, or loads what it saved
 
 
 # --- between a coordinator and trainers ------------------------------------------------------------------------------

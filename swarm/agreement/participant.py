@@ -63,6 +63,7 @@ class Participant:
         self._candidacy: Elect | None = None  # while this would be the coordinator
         self._granted: dict[PeerId, Granted] = {}  # by whom
         self._votes_from = 0  # the first round that it votes in
+        self._lines: set[bytes] = set()  # of the run, that it has been in
         self._numbers = 0
         self._heard = now  # from the coordinator
         self._stood = now  # for election
@@ -166,16 +167,23 @@ class Participant:
         """A decision was chosen: its round is over."""
         if decision.roster.run != self.plan.run or not self._is_news(decision, now):
             return
+        self.decided.append(decision)
+        if decision.outcome == "lost":
+            self._leave(now)
+            return
         before, self.previous = self.previous, decision
         self.round = decision.round + 1
-        if (before is None or before.roster.line != decision.roster.line) and decision.outcome != "begin":
-            self._votes_from = self.round + 1  # it may have voted already, and forgotten it when it was restarted
+        line = decision.roster.line
+        if before is None or before.roster.line != line:
+            # It may have voted already, and forgotten it when it left this line, or when it was restarted.
+            fresh = decision.outcome == "begin" and line not in self._lines
+            self._votes_from = self.round + (0 if fresh else 1)
+            self._lines.add(line)
         coordinated = self.coordinator
         self.order = self._accepted = self._candidacy = self.coordinator = None
         self._promised = 0
         self._heard = now
         self.coordinating = PeerId(decision.roster.coordinator)
-        self.decided.append(decision)
         self.stopped = decision.outcome == "stop"
         self._entered(now)
         if decision.roster.coordinator == self.me and not self.stopped and self._can_coordinate():
@@ -188,9 +196,17 @@ class Participant:
             return ()
         return coordinated.ahead.lent if coordinated is not None and coordinated.round == decision.round else None
 
+    def _leave(self, now: float) -> None:
+        """This line of the run comes to no end any more: look for another."""
+        self.previous = self.order = self.coordinator = self.coordinating = None
+        self.round = -1
+        self._heard = now
+
     def _is_news(self, decision: Decision, now: float) -> bool:
         if self.previous is None or decision.roster.line == self.previous.roster.line:
-            return decision.round >= self.round
+            return decision.round >= self.round and (decision.outcome != "lost" or self.previous is not None)
+        if decision.outcome == "lost":
+            return False
         ours, theirs = self.previous, decision
         return outranks(theirs.roster, theirs.round, ours.roster, ours.round) or now - self._heard > ABANDONED
 

@@ -123,6 +123,12 @@ async def _sample(node: TrainerNode, round_: int) -> None:
 
 def line(ended: Round, run: Run) -> str:
     """One round in a line."""
+    if ended.outcome == "lost":
+        missing = ", ".join(str(stage) for stage, count in enumerate(ended.peers) if not count)
+        return (
+            f"round {ended.round + 1}/{run.rounds}  nobody holds stage {missing} of it any more: going back to the "
+            "last checkpoint, as soon as somebody has that of every stage (peer train --resume)"
+        )
     parts = [
         f"round {ended.round + 1}/{run.rounds}",
         f"loss {ended.loss:.4f}",

@@ -24,7 +24,8 @@ class Round:
         loss: mean over the samples that this trainer ran, in nats a token; NaN where it ran none.
         samples: that it ran. tokens: that these had.
         seconds: since the round before ended. peers: how many replicas every stage had.
-        outcome: "commit", "skip" or "stop". norm: of the mean gradient, before clipping.
+        outcome: "commit", "skip", "stop", or "lost" where the run goes back to what was saved.
+        norm: of the mean gradient, before clipping.
         evaluation: mean loss on the held-out samples, None where it was not taken.
     """
 
@@ -65,6 +66,9 @@ class Metrics:
     def add(self, ended: Round) -> None:
         """Another round is over. Where its line cannot be written, none is from then on: training matters more."""
         self.recent.append(ended)
+        if self.curve and self.curve[-1][0] >= ended.round:  # the run went back
+            self.curve = [point for point in self.curve if point[0] < ended.round]
+            self.evaluations = [point for point in self.evaluations if point[0] < ended.round]
         if math.isfinite(ended.loss):
             self.curve.append((ended.round, ended.loss))
         if ended.evaluation is not None:
