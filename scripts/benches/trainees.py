@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from processes import START_SECONDS, LocalSwarm
+from processes import START_SECONDS, Failed, LocalSwarm
 
 from swarm.background import BackgroundLoop
 from swarm.files.checkpoint import silent
@@ -37,10 +37,14 @@ class Trainees:
         self._background.run(there())
 
     def next_round(self) -> Round:
-        """Wait for the end of a round."""
+        """Wait for the end of a round. Raises `Failed` where none ends."""
 
         async def ended() -> Round:
-            return await anext(self._rounds)
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    return await anext(self._rounds)
+            except TimeoutError:
+                raise Failed(f"no round has ended within {START_SECONDS:.0f} s: have the peers died?") from None
 
         return self._background.run(ended())
 

@@ -109,9 +109,17 @@ async def _show(bar: Progress, node: TrainerNode, metrics: Metrics) -> None:
     while True:
         last = metrics.recent[-1] if metrics.recent else None
         known = f"loss {last.loss:.3f}  {last.tokens_per_second:.0f} tokens/s  {_peers(last.peers)}  " if last else ""
+        if missing := _missing(node):
+            known = f"waiting for a peer with stage {', '.join(map(str, missing))}  "
         text = f"round {max(node.attendance.round, 0) + 1}/{node.run.rounds}  {known}"
         bar.update(task, description=text, completed=node.attendance.samples)
         await asyncio.sleep(SHOW_SECONDS)
+
+
+def _missing(node: TrainerNode) -> list[int]:
+    """The stages of the round that nobody is left of."""
+    known = node.attendance.roster is not None
+    return [stage for stage in range(len(node.run.stages)) if known and not node.attendance.hosts(stage)]
 
 
 async def _sample(node: TrainerNode, round_: int) -> None:
