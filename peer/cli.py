@@ -206,7 +206,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool | None,
-        typer.Option("--resume", metavar="", help="Go on from what was saved, where nobody is left of the run, or of a stage."),
+        typer.Option(
+            "--resume", metavar="", help="Go on from what was saved, where nobody is left of the run, or of a stage."
+        ),
     ] = None,
     checkpoints: Annotated[
         Path | None,
