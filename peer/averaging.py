@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from peer.training.codecs import Chunk, Coded, as_it_is
 from peer.training.exchange import WINDOW, Exchange, Lost
 from peer.training.feedback import Feedback
 from swarm.agreement.assignments import Plan
@@ -40,9 +41,11 @@ class Averager:
         self.plan = plan
         self.mean: dict[str, torch.Tensor] = {}  # by group; whole once an attempt has ended well
         self.feedback: dict[str, Feedback] = {}
+        self.keeps = False  # whether the next attempt keeps the mean's bytes too
         self.bandwidth = 0.0  # bytes a second, of late
         self.stall = FIRST_STALL
         self._attempt: Attempt | None = None
+        self._kept: dict[str, list[Chunk]] = {}
         self._begun = asyncio.Condition()
         self._latest = (-1, -1, -1)  # (round, term, attempt) that was begun last
         rpc.answer(Piece, self._piece)
@@ -55,18 +58,26 @@ class Averager:
             sums: over samples, by group (`swarm.agreement.parts`): flat, fp32, on the CPU.
             endpoints: where the others listen.
         """
+        self._kept = {}
         attempt = self._attempt = Attempt(self, order, sums, endpoints)
         async with self._begun:
             self._latest = attempt.key
             self._begun.notify_all()
         try:
-            return await attempt.run()
+            report = await attempt.run()
+            self._kept = attempt.coded() if report.averages else {}
+            return report
         finally:
             if self._attempt is attempt:
                 self._attempt = None
 
+    def coded(self) -> Coded:
+        """The mean of the last attempt: the bytes that went over the wire if they were kept, else a copy."""
+        return {group: self._kept.get(group) or as_it_is(mean) for group, mean in self.mean.items()}
+
     def commit(self) -> None:
         """What the last attempt averaged is being applied."""
+        self._kept = {}
         for feedback in self.feedback.values():
             feedback.commit()
 
@@ -96,6 +107,7 @@ class Attempt:
         self.averager = averager
         self.order = order
         self.key = (order.round, order.term, order.attempt)
+        self.keeps = averager.keeps and averager.plan.dtype != "float32"  # whose bytes are the mean itself
         self._endpoints = endpoints
         self._loop = asyncio.get_running_loop()
         averager.room_for(sums)
@@ -133,6 +145,10 @@ class Attempt:
         report.averages = [exchange.averaged() for exchange in self.exchanges.values()]
         report.findings = [finding for exchange in self.exchanges.values() for finding in exchange.findings()]
         return report
+
+    def coded(self) -> dict[str, list[Chunk]]:
+        """The means' bytes, by group, where they are kept."""
+        return {group: exchange.coded() for group, exchange in self.exchanges.items()} if self.keeps else {}
 
     async def _exchange(self) -> Lost | None:
         async with asyncio.TaskGroup() as group:

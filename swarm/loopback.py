@@ -197,7 +197,9 @@ class LoopbackConnection:
         async with self._turn:
             while self._large.is_full and not self.closed:
                 await self._large.drained()
-            await asyncio.sleep(self._large.reserve(HEAD + len(header) + len(whole)))
+            size = HEAD + len(header) + len(whole)
+            await self.network.leave(self._transport.peer, size)
+            await asyncio.sleep(self._large.reserve(size))
         if self._error is not None:
             raise self._error
         self._post(self._large, Message(header, whole), 0.0)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.averaging import Averager
-from peer.training.codecs import BLOCK, CHUNK, CODECS
+from peer.training.codecs import BLOCK, CHUNK, CODECS, size_of, vectors_of
 from peer.training.exchange import WINDOW
 from peer.training.feedback import Feedback
 from peer.training.robust import ROBUST
@@ -29,6 +29,7 @@ from swarm.wire import Endpoint
 
 LINE = b"l" * 16
 GROUP = group_of_stage(0)
+CODED = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a value
 ERRORS = {"float32": 0.0, "float16": 1e-3, "int8": 2e-2}  # relative
 
 
@@ -156,6 +157,23 @@ async def test_all_hold_the_same_mean_and_the_same_digest(count: int, length: in
             assert report.averages[0].parts == reports[0].averages[0].parts
         squared = sum(report.averages[0].squared for report in reports)
         assert squared == pytest.approx(expected.square().sum().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", list(CODECS))
+@pytest.mark.parametrize("keeps", [False, True])
+async def test_what_is_kept_for_those_who_follow_is_the_mean_to_the_bit(dtype: str, keeps: bool) -> None:
+    async with averagers(3, dtype=dtype) as made:
+        for each in made.all:
+            each.keeps = keeps
+        await made.run(vectors(3, 2_000_000))
+        for each in made.all:
+            coded = each.coded()
+            assert torch.equal(vectors_of(coded)[GROUP], each.mean[GROUP])
+            assert size_of(coded) < (1.02 * CODED[dtype] if keeps else 4.01) * 2_000_000
+        kept = made.all[0].coded()
+        before = made.all[0].mean[GROUP].clone()
+        await made.run(vectors(4, 2_000_000)[1:], attempt=2)
+        assert torch.equal(vectors_of(kept)[GROUP], before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

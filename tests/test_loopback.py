@@ -281,3 +281,22 @@ def test_the_same_seed_takes_the_same_course() -> None:
 
     assert run_virtually(course(3)) == run_virtually(course(3))
     assert run_virtually(course(3)) != run_virtually(course(4))
+
+
+@virtual
+async def test_who_shares_an_uplink_gets_as_much_as_any_other() -> None:
+    """Of three seconds for three bodies, a long one takes all and a short one, in turns with it, two of its own."""
+    network = LoopbackNetwork(latency=0.01, bandwidth=1e9)
+    sender = Rpc(network.transport(A))
+    network.share_uplink(A, 1e6)
+    ended = {}
+    for name, size in (("long", 2_000_000), ("short", 1_000_000)):
+        listener = network.transport(PeerId(name))
+        address = await listener.listen(ANYWHERE, Rpc(listener).accept)
+        link = await sender.connect(PeerId(name), [address])
+        task = asyncio.create_task(link.notify(wire.CloseSession(bytes(16)), [bytes(size)]))
+        task.add_done_callback(lambda _, name=name: ended.setdefault(name, now()))
+    began = now()
+    await asyncio.sleep(5.0)
+    assert ended["short"] - began == pytest.approx(2.0, abs=0.3)
+    assert ended["long"] - began == pytest.approx(3.0, abs=0.3)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import statistics
 from collections.abc import Callable, Iterable
 
 import pytest
+from linear import LinearMember
 from msgspec import structs
 from virtualcrew import VirtualCrew, in_virtual_time, play
 
+from peer.training.transfer import digest_of_state
 from swarm.agreement.assignments import Plan, to_bits
 from swarm.agreement.effects import Average, Effect
 from swarm.agreement.member import Member
@@ -156,6 +160,50 @@ def test_an_attempt_whose_weights_are_more_than_a_round_has_is_not_made() -> Non
 
     assert averaging(2, 1_000_000_000) == averaging(8, 2) == averaging(2, 2) == []
     assert len(averaging(2, 6)) == 1
+
+
+LONG = 300_000  # values: chunks are large messages, which take turns on an uplink
+UPLINK = 1e6  # bytes a second: averaging takes as long as computing, or longer
+
+
+async def seconds_of_rounds(member: LinearMember, count: int) -> list[float]:
+    """How long this one's next rounds take, from step to step."""
+    loop, machine, found = asyncio.get_running_loop(), member.attendance.participant, []
+    for round_ in range(member.replica.round + 1, member.replica.round + 2 + count):
+        await member.attendance.until(lambda round_=round_: machine.held >= round_)
+        found.append(loop.time())
+    return [after - before for before, after in itertools.pairwise(found)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_newcomer_takes_its_share_of_a_replicas_link_and_gets_through(dtype: str, overlap: bool) -> None:
+    """A round takes twice as long at most, and it has one of its own: what it is sent comes no slower than rounds end.
+
+    Without overlap, with one newcomer to two replicas and fp16, rounds of 1.4 s become ones of 2.2 s for 8 s.
+    """
+
+    async def main() -> None:
+        crew = VirtualCrew(3, compute=0.1, bandwidth=1e9, dtype=dtype, overlap=overlap, samples=16)
+        replicas = [await crew.join(0, length=LONG) for _ in range(2)]
+        for replica in replicas:
+            crew.network.share_uplink(replica.rpc.peer, UPLINK)
+        crew.new_trainer()
+        try:
+            await seconds_of_rounds(replicas[0], 2)  # in which they find each other
+            usual = statistics.mean(await seconds_of_rounds(replicas[0], 4))
+            late = await crew.join(0, length=LONG)
+            during = asyncio.create_task(seconds_of_rounds(replicas[0], 4))
+            async with asyncio.timeout(30.0):
+                await late.attendance.until(lambda: late.attendance.participant.ready)
+            assert max(await during) < 2.0 * usual
+            everyone = [late.replica, *(each.replica for each in replicas)]
+            await late.attendance.until(lambda: len({each.round for each in everyone}) == 1)
+            assert len({digest_of_state(0, each.state()) for each in everyone}) == 1
+        finally:
+            await crew.close()
+
+    in_virtual_time(3, main())
 
 
 def rounds_within(seconds: float, overlap: bool) -> int:

@@ -11,9 +11,10 @@ import torch
 from dataplane import linked
 
 from peer.training import transfer
+from peer.training.codecs import CODECS, Chunk, as_it_is
 from peer.training.transfer import Donor, Fetched, Named, digest_of_state
 from swarm.agreement.messages import Decision, Roster, Seat
-from swarm.errors import BadTensor, Busy, Forgotten, StaleRound
+from swarm.errors import BadTensor, Busy, Forgotten, Malformed, StaleRound
 from swarm.rpc import Link
 from swarm.wire import Endpoint
 
@@ -61,7 +62,7 @@ async def test_every_step_after_it_comes_in_order_also_those_that_were_made_mean
     async with donor() as (_, giving, link):
         fetched = await Fetched.open(link, LINE)
         assert giving.followed
-        await giving.stepped(decision(3), {"stage-0": LARGE, "tied": torch.ones(5)})
+        await giving.stepped(decision(3), {"stage-0": as_it_is(LARGE), "tied": as_it_is(torch.ones(5))})
         await giving.stepped(decision(4, "skip"), {})
         steps = fetched.steps(lambda round_: False)
         first, second = await anext(steps), await anext(steps)
@@ -71,9 +72,32 @@ async def test_every_step_after_it_comes_in_order_also_those_that_were_made_mean
         assert (second.decision.outcome, second.mean) == ("skip", {})
         third = asyncio.ensure_future(anext(steps))
         await asyncio.sleep(0)
-        await giving.stepped(decision(5), {"stage-0": LARGE})
+        await giving.stepped(decision(5), {"stage-0": as_it_is(LARGE)})
         assert (await third).decision.round == 5
         await steps.aclose()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+async def test_a_step_comes_in_the_bytes_of_the_average(dtype: str) -> None:
+    """They hold exactly what all replicas hold, in a half or a quarter of its bytes."""
+    chunks = [Chunk(dtype, len(values), CODECS[dtype].encode(values)) for values in (LARGE[:500_001], LARGE[500_001:])]
+    held = torch.cat([CODECS[dtype].decode(chunk.body, torch.empty(chunk.count)) for chunk in chunks])
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE)
+        await giving.stepped(decision(3), {"stage-0": chunks})
+        step = await anext(fetched.steps(lambda round_: False))
+        assert torch.equal(step.mean["stage-0"], held)
+        assert sum(len(chunk.body) for chunk in step.coded["stage-0"]) < 0.51 * held.nbytes
+        assert [bytes(chunk.body) for chunk in step.coded["stage-0"]] == [bytes(chunk.body) for chunk in chunks]
+
+
+@pytest.mark.parametrize("lie", [Chunk("float64", 3, memoryview(bytes(24))), Chunk("int8", 1 << 40, memoryview(b""))])
+async def test_a_step_in_a_code_that_there_is_not_is_refused(lie: Chunk) -> None:
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE)
+        await giving.stepped(decision(3), {"stage-0": [lie]})
+        with pytest.raises(Malformed):
+            await anext(fetched.steps(lambda round_: False))
 
 
 async def test_a_state_that_is_not_what_its_digest_says_is_refused() -> None:
@@ -97,10 +121,24 @@ async def test_a_newcomer_that_is_too_slow_is_told_so_and_costs_no_more_memory()
     async with donor() as (_, giving, link):
         fetched = await Fetched.open(link, LINE)
         for round_ in range(3, 4 + transfer.MAX_BEHIND):
-            await giving.stepped(decision(round_), {"stage-0": LARGE})
+            assert giving.followed
+            await giving.stepped(decision(round_), {"stage-0": as_it_is(LARGE)})
         assert not giving.followed
         with pytest.raises(Forgotten):
             await anext(fetched.steps(lambda round_: False))
+
+
+async def test_a_newcomer_may_be_as_far_behind_as_costs_no_more_than_to_begin_anew() -> None:
+    async with donor() as (_, giving, link):
+        await Fetched.open(link, LINE)
+        quarter = [Chunk("int8", len(LARGE), CODECS["int8"].encode(LARGE))]
+        for round_ in range(3, 3 + transfer.MAX_BEHIND):
+            await giving.stepped(decision(round_, "skip"), {})
+        for round_ in range(3 + transfer.MAX_BEHIND, 6 + transfer.MAX_BEHIND):
+            await giving.stepped(decision(round_), {"stage-0": quarter})
+            assert giving.followed
+        await giving.stepped(decision(6 + transfer.MAX_BEHIND), {"stage-0": quarter})
+        assert not giving.followed
 
 
 async def test_who_is_through_is_forgotten() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -89,6 +90,44 @@ class Int8:
 
 
 CODECS: Mapping[str, Codec] = {"float32": Float32(), "float16": Float16(), "int8": Int8()}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Values as bytes, by the codec of that name."""
+
+    dtype: str
+    count: int
+    body: memoryview
+
+
+Coded = Mapping[str, Sequence[Chunk]]
+"""Vectors by their groups, each of chunks that lie one after another."""
+
+
+def size_of(coded: Coded) -> int:
+    """Bytes of all of it."""
+    return sum(len(chunk.body) for chunks in coded.values() for chunk in chunks)
+
+
+def as_it_is(values: torch.Tensor) -> list[Chunk]:
+    """A copy of fp32 [n], as one chunk."""
+    return [Chunk("float32", len(values), tensors.to_bytes(values.clone()))]
+
+
+def vectors_of(coded: Coded) -> dict[str, torch.Tensor]:
+    """The values: fp32 [n] of each group. Raises `BadTensor` where bytes are not those of as many values."""
+    found = {}
+    for group, chunks in coded.items():
+        vector = found[group] = torch.empty(sum(chunk.count for chunk in chunks))
+        start = 0
+        for chunk in chunks:
+            out = vector[start : start + chunk.count]
+            values = CODECS[chunk.dtype].decode(chunk.body, out)
+            if values.data_ptr() != out.data_ptr():
+                out.copy_(values)
+            start += chunk.count
+    return found
 
 
 def _scale(values: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from peer.training.codecs import CHUNK, CODECS
+from peer.training.codecs import CHUNK, CODECS, Chunk
 from peer.training.feedback import Feedback
 from peer.training.robust import ROBUST
 from swarm.agreement.assignments import Plan
@@ -39,6 +39,8 @@ class Lost:
 
 class Way(Protocol):
     """What an exchange needs of the attempt that it is a part of."""
+
+    keeps: bool  # whether the mean's bytes are wanted afterwards
 
     async def send(self, peer: PeerId, piece: Piece, body: memoryview) -> None:
         """A chunk to another member, until it is taken in there."""
@@ -83,6 +85,7 @@ class Exchange:
             peer: asyncio.Queue() for peer in self._others
         }
         self._unsent = {peer: len(self._starts(peer)) for peer in self._others}  # chunks of sums, not yet taken in
+        self._bodies: dict[int, memoryview] = {}  # of the mean, by the chunk's start, where they are kept
         self._squared: dict[PeerId, float] = dict.fromkeys(self._shares, 0.0)
         self._mean_squared = 0.0
         self._scratch = torch.empty(CHUNK)
@@ -236,6 +239,8 @@ class Exchange:
         values = self._codec.decode(body, mean)
         if values.data_ptr() != mean.data_ptr():
             mean.copy_(values)
+        if self._way.keeps:
+            self._bodies[start] = body
         self._means[owner][start] = self._mac.encrypt(start.to_bytes(12, "little"), b"", body)
         self._look()
 
@@ -253,6 +258,11 @@ class Exchange:
             digests.append((peer, hashlib.sha256(joined).digest()[:16]))
         finite = math.isfinite(self._mean_squared)
         return Averaged(self._group, digests, self._mean_squared if finite else 0.0, finite)
+
+    def coded(self) -> list[Chunk]:
+        """The mean as it went over the wire, where that is kept."""
+        counts = {start: self._count(owner, start) for owner in self._parts for start in self._starts(owner)}
+        return [Chunk(self._plan.dtype, counts[start], body) for start, body in sorted(self._bodies.items())]
 
     def findings(self) -> list[Finding]:
         """How large the members' sums are, over this member's part."""

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from peer.averaging import Averager
 from peer.executor import Executor
+from peer.training.codecs import Coded
 from peer.training.replica import STAGE, Replica
 from peer.training.transfer import Donor, Fetched, Named, Step, digest_of_state
 from swarm.agreement.assignments import Plan
@@ -159,7 +160,7 @@ class MemberAttendance(Attendance):
             case Abandon():
                 await _end(self._averaging)
             case Apply(decision=decision):
-                await self._apply(decision, self._averager.mean)
+                await self._apply(decision, self._averager.mean, self._averager.coded)
                 if decision.outcome == "commit":
                     self._averager.commit()
             case Void(round=round_):
@@ -182,6 +183,7 @@ class MemberAttendance(Attendance):
     async def _average(self, order: Order) -> None:
         sums = await self._executor.run(self.replica.sums)
         vectors = {self._names.get(group, group): vector for group, vector in sums.items()}
+        self._averager.keeps = self._donor.followed
         assert self.roster is not None
         endpoints = {PeerId(seat.endpoint.peer): seat.endpoint for seat in self.roster.members}
         report = await self._averager.run(order, vectors, endpoints)
@@ -189,13 +191,13 @@ class MemberAttendance(Attendance):
         self.participant.averaged(report, self.now)
         self.flush()
 
-    async def _apply(self, decision: Decision, mean: Mapping[str, torch.Tensor]) -> None:
-        """End the round as was decided."""
+    async def _apply(self, decision: Decision, mean: Mapping[str, torch.Tensor], coded: Callable[[], Coded]) -> None:
+        """End the round as was decided; `coded` is the mean as those who follow are to have it."""
         await self._settle_digest()
         names = {wire: group for group, wire in self._names.items()}
         gradient = {names.get(group, group): vector for group, vector in mean.items()}
         stepping = decision.outcome == "commit"
-        kept = {group: vector.clone() for group, vector in mean.items()} if stepping and self._donor.followed else {}
+        kept = coded() if stepping and self._donor.followed else {}
         if stepping:
             await self._executor.run(lambda: self.replica.commit(gradient, decision.factor))
         else:
@@ -282,7 +284,7 @@ class MemberAttendance(Attendance):
         log.info("holds the state of round=%d", fetched.round)
 
     async def _take_step(self, step: Step) -> None:
-        await self._apply(step.decision, step.mean)
+        await self._apply(step.decision, step.mean, lambda: step.coded)
         await self._settle_digest()
 
     async def close(self) -> None:

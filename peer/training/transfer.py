@@ -1,7 +1,8 @@
 """State to a newcomer, streamed while training goes on: a copy of the beginning of a round, and every step after it.
 
 The donor copies its state once, lets the newcomer pull it piece by piece, and keeps the mean gradients of the rounds
-that end meanwhile until these are pulled too. So the newcomer catches up without anyone waiting for it.
+that end meanwhile until these are pulled too, in the bytes in which replicas sent them to each other: a newcomer takes
+as much of the donor's link as one more replica would. So it catches up without anyone waiting for it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import torch
 
+from peer.training.codecs import CODECS, Chunk, Coded, size_of, vectors_of
 from swarm import tensors
 from swarm.agreement.messages import (
     MAX_STATE_TENSORS,
     CloseState,
+    CodedChunk,
     Decision,
     Entry,
     NextStep,
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 PIECE = 1 << 21  # bytes that are pulled at once
 WINDOW = 3  # pulls under way
 MAX_TRANSFERS = 2  # that one donor serves at once
-MAX_BEHIND = 4  # rounds that a newcomer may be behind: their mean gradients are kept
+MAX_BEHIND = 4  # rounds that a newcomer may be behind, and more while their mean gradients are less than the state
 MAX_LIST = 1 << 23  # bytes of a list of tensors
 IDLE = 30.0  # seconds without a word, after which a transfer is forgotten
 OPEN_TIMEOUT = 120.0  # seconds for the donor to copy its state
@@ -46,6 +50,7 @@ READ_TIMEOUT = 60.0  # seconds for one piece
 NEXT_TIMEOUT = 20.0  # seconds for a round to end, before it is asked for again
 
 Named = list[tuple[str, torch.Tensor]]
+T = TypeVar("T")
 
 
 def digest_of_state(round_: int, state: Iterable[tuple[str, torch.Tensor]]) -> bytes:
@@ -65,11 +70,16 @@ class _Transfer:
     used: float  # when the newcomer was last heard
     state: list[memoryview] = field(default_factory=list)
     length: int = 0
-    steps: dict[int, tuple[Decision, dict[str, torch.Tensor]]] = field(default_factory=dict)
+    steps: dict[int, tuple[Decision, Coded]] = field(default_factory=dict)
 
     def hold(self, state: Iterable[memoryview]) -> None:
         self.state = list(state)
         self.length = sum(map(len, self.state))
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether it would have been quicker to begin anew."""
+        return len(self.steps) > MAX_BEHIND and sum(size_of(mean) for _, mean in self.steps.values()) > self.length
 
 
 class Donor:
@@ -102,11 +112,11 @@ class Donor:
         self._forget_idle()
         return bool(self._transfers)
 
-    async def stepped(self, decision: Decision, mean: Mapping[str, torch.Tensor]) -> None:
+    async def stepped(self, decision: Decision, mean: Coded) -> None:
         """A round has ended; `mean` is the gradient of its step, which this keeps. Newcomers are told."""
         for key, transfer in list(self._transfers.items()):
-            transfer.steps[decision.round] = decision, dict(mean)
-            if len(transfer.steps) > MAX_BEHIND:
+            transfer.steps[decision.round] = decision, mean
+            if transfer.is_too_slow:
                 log.info("a newcomer is too slow transfer=%s", key.hex()[:8])
                 del self._transfers[key]
         async with self._stepped:
@@ -136,7 +146,7 @@ class Donor:
         step = transfer.steps.get(message.step)
         if step is None:
             raise Forgotten(f"the step of round {message.step} is not kept")
-        views = [tensors.to_bytes(vector) for _, vector in sorted(step[1].items())]
+        views = [chunk.body for chunks in step[1].values() for chunk in chunks]
         return StateRead(), _slice(views, message.start, message.count)
 
     async def _next(self, link: Link, message: NextStep, body: memoryview) -> Reply:
@@ -149,7 +159,9 @@ class Donor:
             )
         self._of(message.transfer)
         decision, mean = transfer.steps[message.round]
-        return StepMade(decision, [(group, len(vector)) for group, vector in sorted(mean.items())])
+        chunks = [(group, chunk) for group, chunks in mean.items() for chunk in chunks]
+        listed = [CodedChunk(group, chunk.dtype, chunk.count, len(chunk.body)) for group, chunk in chunks]
+        return StepMade(decision), [msgspec.msgpack.encode(listed)]
 
     def _of(self, key: bytes) -> _Transfer:
         transfer = self._transfers.get(key)
@@ -183,9 +195,10 @@ def _slice(views: list[memoryview], start: int, count: int) -> list[memoryview]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How a round ended at the donor, and the mean gradient where it ended in a step."""
+    """How a round ended at the donor, and the mean gradient where it ended in a step: as it came, and its values."""
 
     decision: Decision
+    coded: Coded
     mean: dict[str, torch.Tensor]
 
 
@@ -221,30 +234,48 @@ class Fetched:
         while True:
             late = is_over(round_)
             try:
-                made, _ = await self._link.call(NextStep(self._transfer, round_), timeout=NEXT_TIMEOUT)
+                made, listed = await self._link.call(NextStep(self._transfer, round_), timeout=NEXT_TIMEOUT)
             except DeadlineExceeded:
                 if late:
                     raise
                 continue
             if not isinstance(made, StepMade) or made.decision.round != round_:
                 raise Malformed("a step that is none", self._link.peer)
-            mean = {group: torch.empty(length) for group, length in made.lengths}
-            await _pull(self._link, self._transfer, round_, list(mean.values()))
-            yield Step(made.decision, mean)
+            coded = await self._mean(round_, _chunks(listed, self._link))
+            yield Step(made.decision, coded, await asyncio.to_thread(vectors_of, coded))
             round_ += 1
+
+    async def _mean(self, round_: int, chunks: list[CodedChunk]) -> Coded:
+        bodies = [torch.empty(chunk.size, dtype=torch.uint8) for chunk in chunks]
+        await _pull(self._link, self._transfer, round_, bodies)
+        coded: dict[str, list[Chunk]] = {}
+        for chunk, body in zip(chunks, bodies, strict=True):
+            coded.setdefault(chunk.group, []).append(Chunk(chunk.dtype, chunk.count, tensors.to_bytes(body)))
+        return coded
 
     def close(self) -> None:
         """It is needed no longer."""
         self._link.tell(CloseState(self._transfer))
 
 
-def _entries(listed: memoryview, length: int, link: Link) -> list[Entry]:
+def _list_of(kind: type[T], listed: memoryview, link: Link) -> list[T]:
     if len(listed) > MAX_LIST:
         raise Malformed(f"a list of tensors of {len(listed)} bytes", link.peer)
     try:
-        entries = msgspec.msgpack.decode(listed, type=list[Entry])
+        return msgspec.msgpack.decode(listed, type=list[kind])  # type: ignore[valid-type]
     except msgspec.MsgspecError as error:
         raise Malformed(f"not a list of tensors: {error}", link.peer) from None
+
+
+def _chunks(listed: memoryview, link: Link) -> list[CodedChunk]:
+    chunks = _list_of(CodedChunk, listed, link)
+    if any(chunk.dtype not in CODECS or chunk.count > chunk.size for chunk in chunks):
+        raise Malformed("a mean gradient in a code that there is not", link.peer)
+    return chunks
+
+
+def _entries(listed: memoryview, length: int, link: Link) -> list[Entry]:
+    entries = _list_of(Entry, listed, link)
     if len(entries) > MAX_STATE_TENSORS or sum(entry.spec.nbytes() for entry in entries) != length:
         raise Malformed("a list of tensors that does not fit its state", link.peer)
     return entries

@@ -336,10 +336,18 @@ class NextStep(Message, tag="next-step"):
 
 
 class StepMade(Message, tag="step-made"):
-    """How it ended: `lengths` are the values of each group's mean gradient, to be read (fp32) one after another."""
+    """How it ended. The reply's body is the list of the mean gradient's chunks, to be read one after another."""
 
     decision: Decision
-    lengths: Annotated[list[tuple[Name, Count]], msgspec.Meta(max_length=MAX_GROUPS)]
+
+
+class CodedChunk(Message):
+    """Some of the mean gradient of a group: `count` values in `size` bytes."""
+
+    group: Name
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    count: Count
+    size: Count
 
 
 class CloseState(Message, tag="close-state"):

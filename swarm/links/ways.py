@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from swarm.links.frames import CHUNK
 from swarm.links.lane import Lane, Message
 from swarm.types import PeerId
 
@@ -21,6 +22,24 @@ class Nuisance:
     dropped: float = 0.0
     duplicated: float = 0.0
     reordered: float = 0.0
+
+
+class Uplink:
+    """What all connections of a peer share on their way out: each gets as much as any other that has something to send.
+
+    Args:
+        bandwidth: bytes per second of all together.
+    """
+
+    def __init__(self, bandwidth: float) -> None:
+        self._bandwidth = bandwidth
+        self._turn = asyncio.Lock()  # fair: as TCP's congestion control is meant to be
+
+    async def carry(self, size: int) -> None:
+        """Take turns for so many bytes with whoever else sends."""
+        for start in range(0, size, CHUNK):
+            async with self._turn:
+                await asyncio.sleep(min(CHUNK, size - start) / self._bandwidth)
 
 
 class Ways:
@@ -42,9 +61,21 @@ class Ways:
         self._stalled: dict[PeerId, asyncio.Event] = {}
         self._parted: set[tuple[PeerId, PeerId]] = set()
         self._corrupt: dict[PeerId, float] = {}
+        self._uplinks: dict[PeerId, Uplink] = {}
         self._held: list[Lane] = []  # which found their way closed
         self._changed = asyncio.Event()  # some way was opened
         self._trace = hashlib.blake2b(digest_size=16)
+
+    # --- what peers share ------------------------------------------------------------------------------------------
+
+    def share_uplink(self, peer: PeerId, bandwidth: float) -> None:
+        """From now on, the large messages of `peer` to all others share so many bytes per second."""
+        self._uplinks[peer] = Uplink(bandwidth)
+
+    async def leave(self, sender: PeerId, size: int) -> None:
+        """Take what a large message needs of its sender's uplink, if that is limited."""
+        if (uplink := self._uplinks.get(sender)) is not None:
+            await uplink.carry(size)
 
     # --- faults ----------------------------------------------------------------------------------------------------
 
