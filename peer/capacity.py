@@ -52,18 +52,24 @@ class Capacity:
 
 def measure(stage: Stage) -> Capacity:
     """Run a few decode steps of one session through the stage, and a prefill through one of its blocks."""
-    state = stage.open(stage.span, batch=1, max_length=_RUNS)
-    seconds = statistics.median(_time(stage, state, position, 1) for position in range(_RUNS))
-    size = stage.bytes_per_token(state)
-    stage.close(state)
+    seconds, size = decode(stage)
     return Capacity(
-        seconds_per_block=max(seconds, 1e-6) / len(stage.span),
+        seconds_per_block=seconds,
         prefill_seconds_per_block=_prefill(stage),
         bytes_per_token=size,
         weights=weight_bytes(stage.model.model),
         blocks=len(stage.span),
         activation=stage.model.hidden_size * stage.model.dtype.itemsize,
     )
+
+
+def decode(stage: Stage) -> tuple[float, int]:
+    """Seconds that one session's decode of a token takes in one of its blocks, on average; bytes that it is kept in."""
+    state = stage.open(stage.span, batch=1, max_length=_RUNS)
+    seconds = statistics.median(_time(stage, state, position, 1) for position in range(_RUNS))
+    size = stage.bytes_per_token(state)
+    stage.close(state)
+    return max(seconds, 1e-6) / len(stage.span), size
 
 
 def _prefill(stage: Stage) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ class Hosting:
         self.remarks: list[str] = []
         self._folder, self._model, self._settings = folder, model, settings
         self._rpc, self._executor = rpc, executor
+        self._stage: Stage | None = None
+        self._capacity: Capacity | None = None
 
     async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
         """Measure one block, and how many like it fit. Raises `UsageError` where none does, or fewer than wanted."""
@@ -86,13 +89,32 @@ class Hosting:
         self.server.tokens = before.tokens if before else 0
         await self._executor.run(keep_small)  # what loading has left behind
         gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
+        self._stage, self._capacity = stage, capacity
         return capacity
+
+    async def measure_again(self) -> Capacity | None:
+        """What the stage can do now, while nobody uses it; None where somebody does, or it is as fast as was thought.
+
+        It was measured first while it was loaded, perhaps with much else going on: others that start at the same time.
+        """
+        from peer.capacity import decode
+
+        stage, server = self._stage, self.server
+        if stage is None or self._capacity is None or server is None or server.sessions:
+            return None
+        seconds, _ = await self._executor.run(lambda: decode(stage))
+        if server is not self.server or not server.load.measured(seconds):
+            return None
+        log.info("measured again decode_ms=%.2f", 1000 * seconds)
+        self._capacity = replace(self._capacity, seconds_per_block=seconds)
+        return self._capacity
 
     async def leave(self) -> None:
         """Let the stage go, and its memory with it. Sessions that are still there are ended."""
         from peer.capacity import release_memory
 
         assert self.server is not None
+        self._stage = self._capacity = None
         await self.server.close()
         await self._executor.run(release_memory)
 

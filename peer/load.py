@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 MEMORY_SECONDS = 10.0  # in which what was seen counts for 1/e of what it did
+_NOISE = 0.25  # of a measurement: how far two of them differ anyway
 _LEARNING = 0.05  # how fast the time of a step that is alone follows what is measured
 
 
@@ -33,6 +34,13 @@ class Load:
         waited = 0.0 if alone or usual <= 0 else max(0.0, seconds / usual - 1.0)
         kept = self._kept(now)
         self._queue, self._seen = kept * self._queue + (1.0 - kept) * waited, now
+
+    def measured(self, seconds_per_block: float) -> bool:
+        """One alone was measured while nobody used the stage; whether that is news, and not the noise of measuring."""
+        news = abs(seconds_per_block - self.seconds_per_block) > _NOISE * self.seconds_per_block
+        if news:
+            self.seconds_per_block = seconds_per_block
+        return news
 
     def queue(self, now: float) -> float:
         """Steps that others waited for, on average of late; it fades where nothing comes."""

@@ -135,6 +135,14 @@ def test_who_is_alone_tells_how_fast_the_stage_is() -> None:
     assert load.seconds_per_block == pytest.approx(0.02, rel=0.01)
 
 
+def test_measured_again_what_differs_by_noise_is_no_news() -> None:
+    load = Load(0.01)
+    assert not load.measured(0.012)
+    assert load.seconds_per_block == 0.01
+    assert load.measured(0.005)
+    assert load.seconds_per_block == 0.005
+
+
 @given(st.floats(0, 1000))
 def test_a_queue_is_forgotten(later: float) -> None:
     load = Load(0.01)

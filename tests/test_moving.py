@@ -13,9 +13,11 @@ import pytest
 import torch
 from inprocess import Swarm, running_swarm, save_llama
 
+import peer.node
+from peer import capacity
 from peer.node import Node
 from peer.placement import Move
-from swarm import SwarmModelForCausalLM
+from swarm import SwarmCache, SwarmModelForCausalLM
 from swarm.errors import ModelCorrupt
 from swarm.types import Offer, Span, State
 
@@ -73,6 +75,28 @@ def restless(swarm: Swarm, folder: Path) -> Node:
     assert node.mover is not None
     node.mover._policy = replace(node.mover._policy, urgent_stay=0.0)
     return node
+
+
+def test_what_was_measured_in_a_hurry_is_measured_again_once_nobody_uses_it(
+    folder: Path, whole: Any, swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = capacity.measure
+    monkeypatch.setattr(capacity, "measure", lambda stage: replace(measured(stage), seconds_per_block=2.0))
+    monkeypatch.setattr(peer.node, "FIRST_MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(peer.node, "MEASURED_SECONDS", 0.1)
+    node = swarm.serve(folder, "0:6")
+    assert offer_of(node).tokens_per_second < 0.1
+    with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address]) as model:
+        cache = SwarmCache()
+        with torch.no_grad():
+            model(PROMPT, past_key_values=cache)
+        hosting = node.hosting
+        assert hosting is not None
+        assert node.server is not None
+        assert node.server.sessions == 1
+        assert swarm.background.run(hosting.measure_again()) is None  # not while somebody uses it
+        cache.close()
+    wait(swarm, lambda: offer_of(node).seconds_per_block < 1.0 and offer_of(node).tokens_per_second > 1.0)
 
 
 @pytest.mark.slow
