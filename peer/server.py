@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,7 +278,7 @@ class Server:
             what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
             group=session.state.model.span,
             priority=session.priority,
-            deadline=now + self._leases.duration if message.position == 0 else math.inf,
+            deadline=now + self._leases.duration,
         )
         if session.returning or self._leases.is_out(session.key):
             session.returning.append(work)

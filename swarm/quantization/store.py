@@ -20,7 +20,7 @@ from swarm.types import ModelId
 
 log = logging.getLogger(__name__)
 
-_REVISION = 1  # of how weights are quantized and kept: a change makes earlier files void
+_REVISION = 2  # of how weights are quantized and kept: a change makes earlier files void
 _VALUES, _SCALES = ".values", ".scales"
 
 
