@@ -1,8 +1,7 @@
-"""Message in, the right room called, reply out: what a peer does with sessions and their steps."""
+"""Message in, the right room called, reply out: what a peer does with the steps of its sessions."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -13,30 +12,27 @@ import torch
 from peer.cache import Leases
 from peer.engine import Engine, Job, Outcome
 from peer.executor import Executor
-from peer.kv.admission import Admission
 from peer.load import Load
 from peer.outlet import Failed
-from peer.scheduler import LOW, NORMAL, Slice, Work
+from peer.scheduler import Slice, Work
 from peer.served import ServedSession, step_input, unheard
-from peer.stage import SessionState, Stage, StepInput
+from peer.sessions import Sessions
+from peer.stage import Stage, StepInput
 from swarm import wire
 from swarm.errors import (
     BadTensor,
     BeyondCache,
     Busy,
-    Draining,
     NoRoom,
     ProtocolError,
     RemoteError,
     ShoalError,
     UnknownSession,
     WeightsChanged,
-    WrongModel,
     to_wire,
 )
-from swarm.hops.rounding import choose
 from swarm.rpc import Link, Reply, Rpc
-from swarm.types import ModelId, SessionId, Span
+from swarm.types import ModelId
 from swarm.wire import Rounding
 
 log = logging.getLogger(__name__)
@@ -69,7 +65,6 @@ class Server:
     """Serves one stage to many sessions.
 
     Attributes:
-        draining: it takes no new sessions.
         load: how busy it is of late.
         tokens: positions that were run so far, of all rows.
     """
@@ -85,25 +80,15 @@ class Server:
         rounding: Rounding = "auto",
     ) -> None:
         self._rpc = rpc
-        self._rounding = rounding  # of what is passed on, where clients leave that to us
         self._stage = stage
-        self._executor = executor
         self._engine = Engine(stage, executor, clock)
         self._leases = leases
-        self._admission = Admission(leases, self, clock)
-        self._model = model
         self._clock = clock
-        self._sessions: dict[SessionId, ServedSession] = {}
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self.draining = False
+        self._sessions = Sessions(rpc, stage, executor, self._engine, leases, model, clock, rounding)
         self.load = Load(0.0)
         self.tokens = 0
-        rpc.answer(wire.OpenSession, self._open)
-        rpc.answer(wire.KeepAlive, self._keep_alive)
         rpc.answer(wire.Replay, self._replay)
         rpc.answer(wire.Feed, self._feed)
-        rpc.listen(wire.CloseSession, self._close)
         rpc.listen(wire.Step, self._step)
         rpc.listen(wire.StepFailed, self._failed_downstream)
 
@@ -111,6 +96,11 @@ class Server:
     def sessions(self) -> int:
         """How many sessions hold a lease."""
         return len(self._sessions)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new sessions."""
+        return self._sessions.draining
 
     @property
     def batches(self) -> bool:
@@ -122,128 +112,19 @@ class Server:
         """How many forwards there were so far."""
         return self._engine.turns
 
-    # --- opening and closing ---------------------------------------------------------------------------------------
-
-    async def _open(self, link: Link, message: wire.OpenSession, body: memoryview) -> Reply:
-        key = SessionId(message.session)
-        session = self._sessions.get(key)
-        if session is not None and session.client.peer != link.peer:
-            raise UnknownSession("the session is another client's")
-        if session is not None and message.epoch < session.opened:
-            raise UnknownSession("the client has asked for something else since")
-        if session is not None and not _is_same(session, message):
-            self._forget(key)  # the client has another part for us
-            session = None
-        if session is None:
-            session = await self._admit(key, link, message)
-        state = session.state
-        length = max(message.max_length, state.length)  # what it holds stays, and stays leased
-        await self._admission.lease(key, self._leases.room(message.batch, length), message.wait, first=True)
-        if self._sessions.get(key) is not session:
-            if key not in self._sessions:
-                self._leases.release(key)
-            raise UnknownSession("the session ended while it waited for room")
-        session.heard_from(link)
-        session.opened = message.epoch
-        state.max_length = length
-        session.priority = LOW if message.priority == "low" else NORMAL
-        self._engine.prioritize(key, session.priority)
-        try:
-            await session.set_next(message.next)
-        except (RemoteError, asyncio.CancelledError):
-            if session.state.number == 0 and self._sessions.get(key) is session:
-                self._forget(key)
-            raise
-        if session.rounding is None:
-            outlet = session.next or session.client
-            session.rounding = await choose(self._rpc, outlet.link, message.rounding, self._rounding)
-        return wire.SessionOpened(self._leases.duration, session.state.number, session.state.length, session.rounding)
-
-    async def _admit(self, key: SessionId, link: Link, message: wire.OpenSession) -> ServedSession:
-        if self.draining:
-            raise Draining("the peer is leaving")
-        if message.model != self._model:
-            raise WrongModel(f"the peer hosts model {self._model[:12]}, not {message.model[:12]}")
-        if message.end <= message.start or Span(message.start, message.end) not in self._stage.span:
-            raise WrongModel(f"the peer hosts blocks {self._stage.span}, not {message.start}:{message.end}")
-        await self._admission.lease(key, self._leases.room(message.batch, message.max_length), message.wait)
-        span = Span(message.start, message.end)
-        opened: list[SessionState] = []
-        try:
-            await self._executor.run(
-                lambda: opened.append(self._stage.open(span, message.batch, message.max_length, link.peer))
-            )
-        except BaseException:  # nobody wants it any more; that it is opened cannot be taken back
-            self._executor.submit(lambda: list(map(self._stage.close, opened)), _done)
-            self._leases.release(key)
-            self._admission.serve()
-            raise
-        [state] = opened
-        self._empty.clear()
-        session = self._sessions[key] = ServedSession(self._rpc, key, link, state)
-        log.info("session opened session=%s client=%s span=%s", key.hex()[:8], link.peer[-6:], state.model.span)
-        return session
-
-    async def _keep_alive(self, link: Link, message: wire.KeepAlive, body: memoryview) -> Reply:
-        session = self._of_client(link, message.session)
-        session.heard_from(link)
-        self._leases.renew(session.key, self._clock())
-        waiting = self._engine.waiting(session.key) + session.outward
-        return wire.Alive(session.state.number, session.came, waiting)
-
-    def _close(self, link: Link, message: wire.CloseSession, body: memoryview) -> None:
-        if (session := self._sessions.get(SessionId(message.session))) and session.client.peer == link.peer:
-            self._forget(session.key)
-
-    def _of_client(self, link: Link, key: bytes) -> ServedSession:
-        session = self._sessions.get(SessionId(key))
-        if session is None or session.client.peer != link.peer:
-            raise UnknownSession("the peer holds no such session; its lease may have ended")
-        return session
-
-    def _forget(self, key: SessionId) -> None:
-        if (session := self._sessions.pop(key, None)) is not None:
-            session.close()
-            self._engine.cancel(key)
-            self._executor.submit(lambda: self._stage.close(session.state), _done)
-        self._leases.release(key, self._clock())
-        self._admission.serve()
-        if not self._sessions:
-            self._empty.set()
-
     def weights_changed(self) -> None:
         """What all sessions hold is not what they would hold now: they have to begin anew."""
-        for session in self._sessions.values():
+        for session in self._sessions:
             session.outdated = True
 
     def expire(self) -> None:
         """End the sessions whose clients have not been heard of for too long; call it now and then."""
-        for key in self._leases.expired(self._clock()):
-            log.info("lease ended session=%s", key.hex()[:8])
-            self._forget(key)
-        self._admission.serve()
-
-    # What `peer.kv.admission` needs done.
-
-    def is_busy(self, session: SessionId) -> bool:
-        """Whether steps of it wait or run, or it is only being opened."""
-        return session not in self._sessions or self._engine.waiting(session) > 0
-
-    def put_out(self, session: SessionId) -> None:
-        """Move what it holds to host memory."""
-        state = self._sessions[session].state
-        log.info("put out session=%s positions=%d", session.hex()[:8], state.length)
-        self._executor.submit(lambda: self._stage.put_out(state), _done)
-
-    def end(self, session: SessionId) -> None:
-        """It was idle for very long, and others need the room."""
-        log.info("lease lost session=%s", session.hex()[:8])
-        self._forget(session)
+        self._sessions.expire()
 
     # --- steps: in, run, out ---------------------------------------------------------------------------------------
 
     def _step(self, link: Link, message: wire.Step, body: memoryview) -> None:
-        session = self._sessions.get(SessionId(message.session))
+        session = self._sessions.get(message.session)
         if session is None:
             self._refuse(link, message, UnknownSession("the peer holds no such session; its lease may have ended"))
             return
@@ -290,18 +171,12 @@ class Server:
     async def _return(self, session: ServedSession) -> None:
         """Have what the session holds come back to the pool, in its turn, and run the steps that wait for it."""
         failed: NoRoom | None = None
-        state = session.state
         try:
-            tokens = self._leases.room(state.batch, state.max_length)
-            await self._admission.lease(session.key, tokens, self._leases.duration, first=True)
+            here = await self._sessions.bring_back(session)
         except NoRoom as error:
-            failed = error
+            failed, here = error, self._sessions.holds(session)
         works, session.returning = session.returning, []
-        if self._sessions.get(session.key) is not session:
-            if session.key not in self._sessions:
-                self._leases.release(session.key)
-            return
-        for work in works:
+        for work in works if here else ():
             message = work.what.receiver.message
             if failed is not None:
                 self._refuse(session.client.link, message, failed)
@@ -325,7 +200,7 @@ class Server:
     def ran(self, receipt: Receipt, piece: Slice, step: StepInput, outcome: Outcome) -> None:
         """A piece of a step was run, or not: pass on what came of it."""
         session, message = receipt.session, receipt.message
-        if self._sessions.get(session.key) is not session:
+        if not self._sessions.holds(session):
             return
         if isinstance(outcome, Exception):
             asker = _asker(receipt.link, message, session)
@@ -340,23 +215,23 @@ class Server:
 
     def ran_since(self, receipt: Receipt, step: StepInput, outcome: Outcome) -> None:
         """What is left to do when the next turn is under way."""
-        if self._sessions.get(receipt.session.key) is receipt.session and isinstance(outcome, torch.Tensor):
+        if self._sessions.holds(receipt.session) and isinstance(outcome, torch.Tensor):
             receipt.session.keep(step, outcome)
             self._bound_backup()
             self.tokens += outcome.shape[0] * outcome.shape[1]
 
     def _bound_backup(self) -> None:
         """What was passed on is kept as long as there is room for it; the longest is forgotten first."""
-        kept = {key: one.history.nbytes for key, one in self._sessions.items() if one.history is not None}
+        kept = {session: session.history.nbytes for session in self._sessions if session.history is not None}
         while sum(kept.values()) > BACKUP_BYTES:
-            largest = max(kept, key=lambda key: kept[key])
-            self._sessions[largest].history = None
+            largest = max(kept, key=lambda session: kept[session])
+            largest.history = None
             del kept[largest]
 
     # --- failover and leaving --------------------------------------------------------------------------------------
 
     async def _replay(self, link: Link, message: wire.Replay, body: memoryview) -> Reply:
-        session = self._of_client(link, message.session)
+        session = self._sessions.of_client(link, message.session)
         if message.epoch > session.epoch:
             self._engine.cancel(session.key, _was_given_up)
         await self._engine.settled(session.key)  # what came before is part of the history, once it has been run
@@ -364,32 +239,21 @@ class Server:
         return wire.Done()
 
     async def _feed(self, link: Link, message: wire.Feed, body: memoryview) -> Reply:
-        session = self._of_client(link, message.session)
+        session = self._sessions.of_client(link, message.session)
         session.feed(await session.dial(message.spare), message.hops)
         return wire.Done()
 
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions, ask the clients of the others to move, wait until they have; whether they did."""
-        self.draining = True
-        for session in self._sessions.values():
-            session.client.send(wire.Leaving(session.key), (), unheard)
-        try:
-            async with asyncio.timeout(timeout):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._sessions.drain(timeout)
 
     def resume(self) -> None:
         """Take new sessions again, after a `drain` that came to nothing."""
-        self.draining = False
+        self._sessions.draining = False
 
     async def close(self) -> None:
         """End all sessions and let the stage go; who asks for a session is told that the peer is leaving."""
-        self.draining = True
-        for key in list(self._sessions):
-            self._forget(key)
-        await self._executor.run(lambda: None)  # whatever was to be done for them
+        await self._sessions.close()
         del self._stage, self._engine  # this server goes on answering until the next one does
 
     # --- what went wrong -------------------------------------------------------------------------------------------
@@ -412,7 +276,7 @@ class Server:
 
     def _failed_downstream(self, link: Link, message: wire.StepFailed, body: memoryview) -> None:
         """The next hop does not know the session's client, or a spare can follow no more; we tell the client."""
-        if (session := self._sessions.get(SessionId(message.session))) is not None:
+        if (session := self._sessions.get(message.session)) is not None:
             if session.drop_spare(link.peer):  # which has nothing to do with the step under way
                 message = wire.StepFailed(message.session, 0, 0, link.peer, message.code, message.message)
             session.client.send(message, (), unheard)
@@ -427,17 +291,6 @@ def _was_given_up(work: Work) -> bool:
     """Of a session that came to a new epoch: a replay is not sent again, all else is."""
     receipt: Receipt = work.what.receiver
     return receipt.message.replay == 0
-
-
-def _done(_: object, error: BaseException | None) -> None:
-    if error is not None:
-        log.error("a session's pages were not given back", exc_info=error)
-
-
-def _is_same(session: ServedSession, terms: wire.OpenSession) -> bool:
-    """Whether what cannot change of a session is as it was."""
-    span = session.state.model.span
-    return (terms.start, terms.end, terms.batch) == (span.start, span.end, session.state.batch)
 
 
 def _blamed(error: BaseException, sender: Link, session: ServedSession) -> BaseException:

@@ -31,7 +31,7 @@ class Host:
     def put_out(self, session: SessionId) -> None:
         self.out.append(session)
 
-    def end(self, session: SessionId) -> None:
+    def lose(self, session: SessionId) -> None:
         self.ended.append(session)
         self.leases.release(session, self.now)
 

@@ -97,7 +97,7 @@ def test_a_spare_is_of_low_priority_until_it_takes_a_place() -> None:
     seen: list[list[int]] = []
 
     def look(swarm: VirtualSwarm) -> None:
-        sessions = (each for peer in swarm.peers.values() for each in peer.server._sessions.values())
+        sessions = (each for peer in swarm.peers.values() for each in peer.server._sessions)
         seen.append(sorted(session.priority for session in sessions))
 
     swarm = swarm_of(6).do(look, at_step=20).do(kill_hops(0, 1), at_step=21).do(look, at_step=23)
@@ -263,8 +263,8 @@ def test_a_broken_connection_between_hops_is_told_at_once(blamed: list[tuple[str
 def test_a_session_whose_leases_have_ended_begins_anew(blamed: list[tuple[str, str, str]]) -> None:
     def end_leases(swarm: VirtualSwarm) -> None:
         for each in swarm.peers.values():
-            for key in list(each.server._sessions):
-                each.server._forget(key)
+            for session in each.server._sessions:
+                each.server._sessions.end(session.key)
 
     [outcome] = answered(swarm_of(3).do(end_leases, at_step=5), client("beams"))
     assert {kind for kind, _, _ in blamed} == {"UnknownSession"}
@@ -289,7 +289,7 @@ def test_nonsense_is_a_failure(kind: str, hop: int) -> None:
 @pytest.mark.parametrize("field", ["epoch", "number"])
 def test_an_answer_to_what_was_never_asked_is_a_failure(field: str, blamed: list[tuple[str, str, str]]) -> None:
     def confuse(swarm: VirtualSwarm) -> None:
-        [session] = swarm.peers[route_of(swarm)[2]].server._sessions.values()
+        [session] = swarm.peers[route_of(swarm)[2]].server._sessions
         answer: Any = session._answer_client
         session._answer_client = lambda message, output, more: answer(  # type: ignore[method-assign]
             structs.replace(message, **{field: getattr(message, field) + 1}), output, more

@@ -31,7 +31,7 @@ class Sessions(Protocol):
     def put_out(self, session: SessionId) -> None:
         """Move what it holds to host memory, before anything that is run from now on."""
 
-    def end(self, session: SessionId) -> None:
+    def lose(self, session: SessionId) -> None:
         """Forget it."""
 
 
@@ -125,7 +125,7 @@ class Admission:
             if self._leases.put_out(idle):
                 return True
             if lost != asking and not self._sessions.is_busy(lost):
-                self._sessions.end(lost)
+                self._sessions.lose(lost)
         return self._leases.put_out(idle)
 
     def _hint(self, tokens: int) -> str:
