@@ -56,19 +56,21 @@ class TcpTransport:
     async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> TcpConnection:
         """Connect to `peer` at the first address that answers with its key.
 
-        Raises `Unreachable` naming what was tried, or `WrongKey` where somebody else answers.
+        Raises `Unreachable` naming what was tried, `WrongKey` where somebody else answers, or `Closed`.
         """
         failures: list[str] = []
         wrong: WrongKey | None = None
         for address in addresses:
             if self._closed:
-                raise Closed("the transport is closed")
+                break
             try:
                 return await self._dial(peer, address)
             except WrongKey as error:
                 wrong = error
             except (OSError, RemoteError, TimeoutError) as error:
                 failures.append(f"{address} ({error or type(error).__name__})")
+        if self._closed:
+            raise Closed("the transport is closed")
         raise wrong or Unreachable(f"{peer} cannot be reached at {', '.join(failures) or 'no address'}", peer)
 
     async def _dial(self, peer: PeerId, address: Address) -> TcpConnection:
@@ -84,6 +86,9 @@ class TcpTransport:
         return connection
 
     def _dialled(self, connection: TcpConnection) -> TcpConnection:
+        """The dialler's side of a new connection, which has a socket now."""
+        if self._closed:  # in the meantime
+            connection.close()
         self._connections.add(connection)
         return connection
 

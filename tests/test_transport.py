@@ -519,6 +519,18 @@ async def test_a_dial_that_is_given_up_leaves_nothing(rounds: int) -> None:
         await dialler.close()
 
 
+async def test_a_dial_that_comes_through_after_the_end_leaves_nothing(nothing_left: None) -> None:
+    """Nobody could close what it had brought."""
+    async with listening() as listener:
+        dialler = TcpTransport(Identity.generate())
+        named = Address("localhost", listener.address.port)  # a name is looked up in a thread: that takes a moment
+        dial = asyncio.create_task(dialler.dial(listener.identity.peer, [named]))
+        await asyncio.sleep(0)
+        await dialler.close()
+        with pytest.raises(Closed):
+            await asyncio.wait_for(dial, WAIT)
+
+
 async def test_closing_does_not_wait_for_a_peer_that_does_not_read() -> None:
     async with listening(QUICK) as listener, stranger(listener.address) as other:
         await other.prove()
