@@ -6,6 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ DEFAULT_CACHE_TOKENS = 16384
 LEAST_CACHE_TOKENS = 1024  # for which a block more is given up
 PREFILL = 512  # positions that the prefill is measured for
 _RUNS = 3
+_AS_FAST = 1.1  # times the fastest: what is not slower than that is as fast
 _SHARE = 0.8  # of the memory that is available, that blocks and their cache may take
 
 
@@ -50,9 +52,12 @@ class Capacity:
         return 1.0 / (self.seconds_per_block * blocks + travel)
 
 
-def measure(stage: Stage) -> Capacity:
-    """Run a few decode steps of one session through the stage, and a prefill through one of its blocks."""
-    seconds, size = decode(stage)
+def measure(stage: Stage, threads: Sequence[int] = ()) -> Capacity:
+    """Run a few decode steps of one session through the stage, and a prefill through one of its blocks.
+
+    Of several numbers of `threads`, the one to compute with from now on is chosen as in `decode`.
+    """
+    seconds, size = decode(stage, threads)
     return Capacity(
         seconds_per_block=seconds,
         prefill_seconds_per_block=_prefill(stage),
@@ -63,8 +68,28 @@ def measure(stage: Stage) -> Capacity:
     )
 
 
-def decode(stage: Stage) -> tuple[float, int]:
-    """Seconds that one session's decode of a token takes in one of its blocks, on average; bytes that it is kept in."""
+def thread_counts(most: int) -> list[int]:
+    """The numbers of threads to try where there may be `most`: the largest first."""
+    return [most >> halvings for halvings in range(most.bit_length())]
+
+
+def decode(stage: Stage, threads: Sequence[int] = ()) -> tuple[float, int]:
+    """Seconds that one session's decode of a token takes in one of its blocks, on average; bytes that it is kept in.
+
+    Of several numbers of `threads`, the largest that is as fast as any is what this thread computes with from now on.
+    More are not always faster: a product ends when the last of them has done its part, and that one may be waiting for
+    a core that others use, for many times as long as the product takes.
+    """
+    counts = threads or [torch.get_num_threads()]
+    taken = [_decode(stage, count) for count in counts]
+    fastest = min(seconds for seconds, _ in taken)
+    chosen = next(place for place, (seconds, _) in enumerate(taken) if seconds <= _AS_FAST * fastest)
+    torch.set_num_threads(counts[chosen])
+    return taken[chosen]
+
+
+def _decode(stage: Stage, threads: int) -> tuple[float, int]:
+    torch.set_num_threads(threads)
     state = stage.open(stage.span, batch=1, max_length=_RUNS)
     seconds = statistics.median(_time(stage, state, position, 1) for position in range(_RUNS))
     size = stage.bytes_per_token(state)

@@ -160,7 +160,10 @@ def serve(
         typer.Option(metavar="SECONDS", help="How long to wait, when leaving, for others to take over. Default 30."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Compute threads. Default: as many as there are cores.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Compute threads. Default: as many as are fastest here, by measuring now and then."
+        ),
     ] = None,
     nice: Nice = None,
     config: ConfigFile = None,

@@ -47,6 +47,7 @@ class Hosting:
         self._rpc, self._executor = rpc, executor
         self._stage: Stage | None = None
         self._capacity: Capacity | None = None
+        self._threads: list[int] = []  # how many to compute with, the fastest of these
 
     async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
         """Measure one block, and how many like it fit. Raises `UsageError` where none does, or fewer than wanted."""
@@ -97,15 +98,17 @@ class Hosting:
 
         It was measured first while it was loaded, perhaps with much else going on: others that start at the same time.
         """
+        import torch
+
         from peer.capacity import decode
 
         stage, server = self._stage, self.server
         if stage is None or self._capacity is None or server is None or server.sessions:
             return None
-        seconds, _ = await self._executor.run(lambda: decode(stage))
+        seconds, threads = await self._executor.run(lambda: (decode(stage, self._threads)[0], torch.get_num_threads()))
         if server is not self.server or not server.load.measured(seconds):
             return None
-        log.info("measured again decode_ms=%.2f", 1000 * seconds)
+        log.info("measured again decode_ms=%.2f threads=%d", 1000 * seconds, threads)
         self._capacity = replace(self._capacity, seconds_per_block=seconds)
         return self._capacity
 
@@ -128,12 +131,14 @@ class Hosting:
     def _load(self, span: Span) -> tuple[Stage, Capacity]:
         import torch
 
-        from peer.capacity import PREFILL, measure
+        from peer.capacity import PREFILL, measure, thread_counts
         from peer.stage import Stage
         from swarm.model import load_stage
 
-        if self._settings.threads:
-            torch.set_num_threads(self._settings.threads)
+        if not self._threads:
+            most = self._settings.threads or torch.get_num_threads()
+            self._threads = [most] if self._settings.threads or self._settings.device != "cpu" else thread_counts(most)
+        torch.set_num_threads(self._threads[0])
         model = load_stage(
             self._folder,
             span,
@@ -145,7 +150,7 @@ class Hosting:
         kept = None if self._settings.cache_dtype is None else getattr(torch, self._settings.cache_dtype)
         stage = Stage(model, tokens=PREFILL, dtype=kept)  # until it is known how many there is room for
         self.remarks = list(remarks(model, self._settings.quantize))
-        return stage, measure(stage)
+        return stage, measure(stage, self._threads)
 
 
 def remarks(model: StageModel, quantize: str) -> Iterator[str]:

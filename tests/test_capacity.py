@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from dataclasses import replace
@@ -16,9 +17,19 @@ from test_routing import offer
 
 from peer import capacity
 from peer.announcer import is_news
-from peer.capacity import Capacity, budget, cache_tokens, fitting_blocks, host_tokens, measure, release_memory
+from peer.capacity import (
+    Capacity,
+    budget,
+    cache_tokens,
+    decode,
+    fitting_blocks,
+    host_tokens,
+    measure,
+    release_memory,
+    thread_counts,
+)
 from peer.load import MEMORY_SECONDS, Load
-from peer.stage import Stage
+from peer.stage import SessionState, Stage
 from swarm.errors import UsageError
 from swarm.model import load_stage
 from swarm.types import Coordinate, Span
@@ -46,6 +57,41 @@ def test_a_stage_is_measured(folder: Path) -> None:
     for each in (whole, one):
         assert each.seconds_per_block > 0
         assert each.prefill_seconds_per_block > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({4: 0.5, 2: 1.0, 1: 2.0}, 4),
+        ({4: 50.0, 2: 0.9, 1: 1.0}, 2),
+        ({4: 1.05, 2: 1.0, 1: 1.02}, 4),
+        ({4: 9, 2: 9, 1: 1}, 1),
+    ],
+)
+def test_the_largest_number_of_threads_that_is_as_fast_as_any_is_computed_with(
+    seconds: dict[int, float], chosen: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    timed = capacity._time
+
+    def time(stage: Stage, state: SessionState, position: int, count: int) -> float:
+        timed(stage, state, position, count)
+        return seconds[torch.get_num_threads()]
+
+    monkeypatch.setattr(capacity, "_time", time)
+    try:
+        found, _ = decode(stage_of(folder, 1, 3), thread_counts(4))
+        assert torch.get_num_threads() == chosen
+        assert found == seconds[chosen] / 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(st.integers(1, 1000))
+def test_threads_are_tried_by_halves_down_to_one(most: int) -> None:
+    counts = thread_counts(most)
+    assert (counts[0], counts[-1]) == (most, 1)
+    assert all(fewer == more // 2 for more, fewer in itertools.pairwise(counts))
 
 
 def test_bandwidth_is_a_part_of_the_speed() -> None:
