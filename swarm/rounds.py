@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec import structs
 
@@ -39,6 +39,7 @@ from swarm.agreement.messages import (
     MAX_MEMBERS,
     MAX_TRAINERS,
     Agree,
+    Agreed,
     Chosen,
     Decision,
     Join,
@@ -286,22 +287,31 @@ class Coordinator:
             clip = self.plan.clip
             factor = min(1.0, clip / verdict.norm) if clip and verdict.norm else 1.0
             roster = self._next_roster(now)
-            agreed = list(verdict.agreed)
-            commit = Decision(self.round, self.term, self.attempt, "commit", factor, verdict.norm, agreed, roster)
-            self._propose(commit, now)
+            self._propose(self._ending("commit", roster, factor, verdict.norm, verdict.agreed), now)
 
     def _skip(self, now: float) -> Decision:
         skipped = self.previous.skipped + 1
         outcome = "stop" if skipped >= self.plan.longest_skipping else "skip"
-        roster = self._next_roster(now)
-        return Decision(self.round, self.term, self.attempt, outcome, 0.0, 0.0, [], roster, skipped)
+        return self._ending(outcome, self._next_roster(now), skipped=skipped)
 
     def _lost(self) -> Decision:
         """The roster tells who still holds the state."""
         holding = [peer for peer in self.census.living() if self.census.is_ready(peer)] or [self.me]
         seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in holding]
         roster = structs.replace(self.previous.roster, coordinator=self.me, members=seats)
-        return Decision(self.round, self.term, self.attempt, "lost", 0.0, 0.0, [], roster)
+        return self._ending("lost", roster)
+
+    def _ending(
+        self,
+        outcome: str,
+        roster: Roster,
+        factor: float = 0.0,
+        norm: float = 0.0,
+        agreed: Sequence[Agreed] = (),
+        skipped: int = 0,
+    ) -> Decision:
+        steps = self.census.steps()
+        return Decision(self.round, self.term, self.attempt, outcome, factor, norm, [*agreed], roster, skipped, steps)
 
     def _blame(self, blamed: dict[PeerId, str], now: float) -> None:
         """Go on without those who sent what cannot be right; if most did, it is the round that is wrong."""

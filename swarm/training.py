@@ -149,7 +149,7 @@ class Trainer:
             peers=replicas(decision.roster, len(self.run.stages)),
             outcome=decision.outcome,
             norm=decision.norm,
-            learning_rate=self._learning_rate(decision.round),
+            learning_rate=self._learning_rate(decision.steps),
             lost=lost,
         )
 

@@ -75,6 +75,7 @@ class Linear:
         self.plan = plan
         self.stage = stage
         self.round = -1
+        self.steps = 0
         self.parameters = torch.zeros(length)
         self.momentum = torch.zeros(length)
         self.earlier = torch.zeros(length)  # parameters of the beginning of the round before
@@ -99,6 +100,7 @@ class Linear:
         self.parameters.zero_()
         self.momentum.zero_()
         self.earlier.zero_()
+        self.steps = 0
         self._entered(0)
 
     def _entered(self, round_: int) -> None:
@@ -122,6 +124,7 @@ class Linear:
         self.earlier.copy_(self.parameters)
         self.momentum.mul_(0.5).add_(mean[STAGE], alpha=factor)
         self.parameters.sub_(self.momentum, alpha=0.3)
+        self.steps += 1
         self._turn()
 
     def skip(self) -> None:
@@ -132,11 +135,13 @@ class Linear:
         yield "parameters", self.parameters
         yield "momentum", self.momentum
         yield "earlier", self.earlier
+        yield "steps", torch.tensor([self.steps])
 
     def load(self, round_: int, state: Mapping[str, torch.Tensor]) -> None:
         self.parameters.copy_(state["parameters"])
         self.momentum.copy_(state["momentum"])
         self.earlier.copy_(state["earlier"])
+        self.steps = int(state["steps"])
         self._entered(round_)
 
 

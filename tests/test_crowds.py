@@ -40,7 +40,8 @@ def decision(stages: int) -> Decision:
     seats = [Seat(number % stages, Endpoint(name(number), addresses)) for number in range(MAX_MEMBERS)]
     trainers = [name(MAX_MEMBERS + number) for number in range(MAX_TRAINERS)]
     agreed = [Agreed(f"stage-{stage}", b"d" * 32) for stage in range(stages)]
-    return Decision(COUNT, 9, COUNT, "commit", 0.5, 1.5, agreed, Roster(LINE, LINE, name(0), seats, trainers))
+    roster = Roster(LINE, LINE, name(0), seats, trainers)
+    return Decision(COUNT, 9, COUNT, "commit", 0.5, 1.5, agreed, roster, COUNT, COUNT)
 
 
 def messages(stages: int) -> list[Message]:
@@ -53,7 +54,7 @@ def messages(stages: int) -> list[Message]:
     findings = [Finding(group, peer, 1.5) for group, peers in groups.items() for peer in peers]
     report = Report(9, COUNT, averages, findings, [], [])
     bits = b"\xff" * (MAX_MICRO_BATCHES // 8)
-    status = Status(LINE, COUNT, 9, COUNT, True, COUNT, bits, COUNT, report, b"d" * 32, 1e9, bits)
+    status = Status(LINE, COUNT, 9, COUNT, True, COUNT, bits, COUNT, report, b"d" * 32, 1e9, bits, True, COUNT)
     granted = Granted(LINE, COUNT, 9, False, Accepted(9, last))
     return [order, status, granted, Propose(LINE, COUNT, 9, last)]
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 import pytest
-from linear import LinearMember
+from linear import SPOILS, LinearMember
 from msgspec import structs
 from virtualcrew import VirtualCrew, in_virtual_time, play
 
@@ -160,6 +160,38 @@ def test_an_attempt_whose_weights_are_more_than_a_round_has_is_not_made() -> Non
 
     assert averaging(2, 1_000_000_000) == averaging(8, 2) == averaging(2, 2) == []
     assert len(averaging(2, 6)) == 1
+
+
+def test_a_decision_tells_how_many_steps_were_taken_before_it_which_skipped_rounds_are_not() -> None:
+    """Also to a member that came after they were skipped."""
+
+    async def main() -> tuple[dict[int, int], dict[int, str], list[int]]:
+        crew, told = VirtualCrew(1, scaled=True), dict[int, int]()
+        members = [await crew.join(0) for _ in range(2)]
+        crew.new_trainer()
+
+        def through(round_: int) -> bool:
+            for member in members:
+                decision = member.attendance.participant.previous
+                if decision is not None and decision.round >= 0:
+                    told[decision.round] = decision.steps
+                skipping = member.replica.round in (1, 2)
+                member.replica.spoil = SPOILS["nan" if skipping else ""]
+            return min(member.replica.round for member in members) >= round_
+
+        try:
+            assert await crew.until(lambda: through(4), 60.0)
+            members.append(await crew.join(0))
+            assert await crew.until(lambda: through(8), 60.0)
+        finally:
+            await crew.close()
+        return told, crew.outcomes, [member.attendance.participant.steps for member in members]
+
+    told, outcomes, steps = in_virtual_time(1, main())
+    assert [outcomes[round_] for round_ in range(5)] == ["commit", "skip", "skip", "commit", "commit"]
+    taken = [outcomes[round_] == "commit" for round_ in range(max(told) + 1)]
+    assert told == {round_: sum(taken[:round_]) for round_ in range(max(told) + 1)}
+    assert all(each >= sum(taken[:8]) for each in steps)
 
 
 LONG = 300_000  # values: chunks are large messages, which take turns on an uplink

@@ -22,6 +22,7 @@ from swarm.runs.metrics import Round
 from swarm.runs.origin import byte_tokenizer
 from swarm.runs.run import Run, parse
 from swarm.runs.samples import Samples
+from swarm.runs.schedule import schedule_of
 from swarm.speculation.tuning import Counts
 from swarm.types import Span
 
@@ -325,3 +326,8 @@ async def test_float16_with_a_scaled_loss_learns(tmp_path: Path) -> None:
         digests = await swarm.digests()
     assert len(set(digests)) == 2
     assert rounds[-1].loss < rounds[0].loss
+    factor, steps = schedule_of(run), 0
+    for ended in rounds:
+        assert ended.learning_rate == pytest.approx(run.optimizer.learning_rate * factor(steps))
+        steps += ended.outcome == "commit"
+    assert 0 < steps < len(rounds)  # the first were skipped: the schedule has not advanced

@@ -211,6 +211,7 @@ class MemberAttendance(Attendance):
         round_ = self.replica.round
         state = await self._executor.run(lambda: list(self.replica.state()))
         self._digesting = self.rpc.spawn(self._digest(round_, state))
+        self.participant.steps = self.replica.steps
         self.participant.holds(round_, b"", self.now)
         self.flush()
 
@@ -279,6 +280,7 @@ class MemberAttendance(Attendance):
         await self._executor.run(lambda: self.replica.load(fetched.round, state))
         fetched.state.clear()
         self._digesting = self.rpc.spawn(_known(fetched.digest))  # of what came: none that is other would be here
+        self.participant.steps = self.replica.steps
         self.participant.holds(fetched.round, fetched.digest, self.now)
         self.flush()
         log.info("holds the state of round=%d", fetched.round)

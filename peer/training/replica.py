@@ -18,6 +18,10 @@ class Replica(Protocol):
     round: int
     """The round whose gradient is being summed, -1 as long as nothing was restored or loaded."""
 
+    @property
+    def steps(self) -> int:
+        """How many steps of the optimizer its state has had: skipped rounds have none."""
+
     def saved(self) -> Sequence[int]:
         """The rounds at whose beginning it can start now: those of its checkpoints, and 0 for the run's seed."""
 

@@ -178,6 +178,11 @@ class TrainingStage:
 
     # --- rounds ----------------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, that were taken to come to this state."""
+        return self.optimizer.steps
+
     def saved(self) -> list[int]:
         """The rounds at whose beginning it can start: those of its checkpoints; else 0, where nothing is lost by it."""
         return self._checkpoints.rounds() or ([0] if self.round <= 0 else [])

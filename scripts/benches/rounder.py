@@ -37,6 +37,7 @@ class Nothing:
 
     def __init__(self) -> None:
         self.round = -1
+        self.steps = 0
         self._parameters, self._sum = torch.zeros(LENGTH), torch.ones(LENGTH)
 
     def saved(self) -> list[int]:
@@ -48,7 +49,7 @@ class Nothing:
     def sums(self) -> dict[str, torch.Tensor]:
         return {STAGE: self._sum}
 
-    def void(self) -> None:
+    def void(self, round_: int) -> None:
         """There is nothing to forget."""
 
     def commit(self, mean: Mapping[str, torch.Tensor], factor: float) -> None:

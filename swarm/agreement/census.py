@@ -5,6 +5,7 @@ A member's weight is never its own to say: it is the samples of those micro-batc
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 
 from swarm.agreement.assignments import Assignments, Plan, from_bits
@@ -47,6 +48,11 @@ class Census:
     def is_known(self, peer: PeerId) -> bool:
         """Whether it is ready, and has said which state it holds."""
         return self.is_ready(peer) and self.statuses[peer].digest != b""
+
+    def steps(self) -> int:
+        """How many steps the state has had that the round began with; most know it where some do not tell the truth."""
+        told = [self.statuses[peer].steps for peer in self.living() if self.is_ready(peer)]
+        return statistics.median_low(told) if told else 0
 
     def is_whole(self) -> bool:
         """Whether every stage has somebody who holds what the round began with, or is about to."""

@@ -68,6 +68,7 @@ class Member(Participant):
         self.endpoint = endpoint
         self.effects: list[Effect] = []
         self.bandwidth = 0.0  # bytes a second, as measured in the last attempts
+        self.steps = 0  # of the optimizer, that the state has had which is held
         self._line = line
         self._saved = saved
         self._held = -1  # the round at whose beginning the state is that is held; -1 for none
@@ -250,6 +251,7 @@ class Member(Participant):
             bandwidth=self.bandwidth,
             ahead=to_bits(self._ahead.counted),
             stepping=self._stepping,
+            steps=self.steps,
         )
 
     # --- decisions ---------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Decision(Message):
     agreed: Annotated[list[Agreed], msgspec.Meta(max_length=MAX_STAGES + 1)]
     roster: Roster  # of the next round
     skipped: Count = 0  # rounds in a row, up to this one
+    steps: Count = 0  # of the optimizer, that were taken before this round
 
 
 class Accepted(Message):
@@ -165,6 +166,7 @@ class Status(Message, tag="status"):
     bandwidth: Rate
     ahead: Bits = b""  # counted of the next round, where that is begun before this one has ended
     stepping: bool = False  # whether it is about to be ready, without anybody's help: it steps, or loads what it saved
+    steps: Count = 0  # of the optimizer, that its state has had
 
 
 # --- between a coordinator and trainers ------------------------------------------------------------------------------
