@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,11 +14,16 @@ import torch
 from swarm.cutting.skeleton import without_progress_bars
 from swarm.errors import UsageError
 from swarm.files.hub import resolve
-from swarm.speculation.lookup import Lookup
-from swarm.speculation.tuning import MODEL, MOST, Tuner
+from swarm.speculation.lookup import Candidate, Lookup
+from swarm.speculation.odds import AHEAD, Guess
+from swarm.speculation.tuning import MOST, Tuner
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+_FAINT = 0.02  # the chance of a whole draft from which on it is not gone on with
+_ASTRAY = 7  # tokens of a draft after the first wrong one, after which it is of use what the model said
+_SURE = 1e-4  # chance of any other token, at least, however sure the model is
 
 
 def load_draft_model(name: str, folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -66,19 +72,42 @@ class LookupDrafter:
         self._tuner = tuner
         self._least = least
         self._lookup = Lookup()
+        self._guesses: list[Guess] = []
         self._draft: list[int] = []
-        self._kinds: list[int] = []
+        self._thought: torch.Tensor | None = None  # [V]: log probabilities for the place of the last token
+        self._others = 0.0  # of those: of all tokens but the one that came
 
     def draft(self, input_ids: torch.Tensor, most: int) -> list[int]:
         started = time.perf_counter()
         self._lookup.extend(input_ids[0, len(self._lookup) :].tolist())
-        self._draft, spoke = self._lookup.draft(MOST)
-        self._kinds = list(range(spoke, spoke + len(self._draft)))
+        self._guesses, self._draft, chance = [], [], 1.0
+        while len(self._draft) < MOST and chance > _FAINT and (found := self._lookup.candidates(self._draft)):
+            ahead = len(self._draft)
+            guess = self._tuner.odds.guess(found, self._likes(found) if ahead < AHEAD else (), ahead)
+            self._guesses.append(guess)
+            self._draft.append(guess.token)
+            chance *= guess.chance
         self._tuner.drafted(len(self._draft), time.perf_counter() - started)
-        return self._draft[: self._tuner.depth(self._kinds[:most], self._least)]
+        chances = [guess.chance for guess in self._guesses]
+        return self._draft[: self._tuner.depth(chances[:most], self._least)]
+
+    def _likes(self, found: Sequence[Candidate]) -> list[float]:
+        if self._thought is None:
+            return []
+        return [each - self._others for each in self._thought[[each.token for each in found]].tolist()]
 
     def learn(self, sent: int, tokens: list[int], scores: torch.Tensor, input_ids: torch.Tensor) -> None:
-        self._tuner.compare(self._kinds, self._draft, tokens)
+        for guess, token in zip(self._guesses, tokens, strict=False):
+            self._tuner.odds.saw(guess, token)
+            if guess.token != token:
+                break
+        accepted = len(tokens) - 1
+        if accepted < sent and self._draft[accepted] != tokens[-1]:
+            said = scores[0, accepted + 1 : accepted + 1 + _ASTRAY].argmax(dim=-1).tolist()
+            for length, token in enumerate(said, accepted + 1):
+                self._lookup.said(self._draft[:length], token)
+        self._thought = scores[0, accepted].log_softmax(dim=-1)
+        self._others = math.log(max(_SURE, -math.expm1(float(self._thought[tokens[-1]]))))
 
 
 class ModelDrafter:
@@ -96,7 +125,9 @@ class ModelDrafter:
 
     def draft(self, input_ids: torch.Tensor, most: int) -> list[int]:
         if self._tuner is not None:
-            self._generator.num_assistant_tokens = self._tuner.depth([MODEL] * min(most, MOST), least=1)
+            self._generator.num_assistant_tokens = self._tuner.depth(
+                [self._tuner.acceptance.chance] * min(most, MOST), least=1
+            )
         started = time.perf_counter()
         with _borrowed_randomness(input_ids.device):
             candidates, _ = self._generator.get_candidates(input_ids)
@@ -108,7 +139,7 @@ class ModelDrafter:
     def learn(self, sent: int, tokens: list[int], scores: torch.Tensor, input_ids: torch.Tensor) -> None:
         self._generator.update_candidate_strategy(input_ids, scores, min(len(tokens) - 1, sent))
         if self._tuner is not None:
-            self._tuner.compare([MODEL] * sent, self._draft, tokens)
+            self._tuner.compare(self._draft[:sent], tokens)
 
 
 @contextmanager

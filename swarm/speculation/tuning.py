@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.errors import UsageError
+from swarm.speculation.odds import Odds
 
 AUTO, OFF, LOOKUP, DRAFT = "auto", "off", "lookup", "draft"
 
 MOST = 32  # tokens of a draft
-MODEL = 0  # the kind of a token that a draft model has drafted; else: how many tokens spoke for it
 
 _RECENT = 9  # trips of a size
 _STALE = 256  # trips after which a size that was not tried again is as new
@@ -25,11 +25,9 @@ _OUTLIER = 4.0  # times what was expected: no more is believed of a single trip
 _PER_POSITION = 0.03  # of a trip's time, for each further position, before it was measured
 _MUCH = 8.0  # times a draft's own cost: what a trip has to cost before drafting is thought of
 
-# Acceptance by kind, before it was seen: between that of answers that repeat their question (SmolLM2-135M-Instruct,
-# four passages of Python's help summarised, four functions of its library edited) and that of four free ones.
-_PRIOR = (0.6, 0.12, 0.45, 0.5, 0.6, 0.65, 0.8, 0.85, 0.9, 0.92, 0.95)
+_PRIOR = 0.6  # how often a draft model is right, before it was seen
 _PRIOR_WEIGHT = 4.0  # tokens that this is worth
-_MEMORY = 0.97  # how much of what was seen is left after each further token of that kind
+_MEMORY = 0.97  # how much of what was seen is left after each further token
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,9 @@ class Trips:
     """How long trips of one session take, by how many positions they carry."""
 
     def __init__(self) -> None:
-        self._taken: dict[int, deque[float]] = {}  # seconds, by the size's power of two
+        self._taken: dict[int, deque[tuple[int, float]]] = {}  # positions and seconds, by the size's power of two
         self._last: dict[int, int] = {}
+        self._points: list[tuple[float, float]] = []  # the same summed up: one for each power of two
         self.count = 0
 
     def took(self, positions: int, seconds: float) -> None:
@@ -67,43 +66,53 @@ class Trips:
         size = positions.bit_length()
         if (expected := self.expected(positions)) is not None:
             seconds = min(seconds, _OUTLIER * expected)
-        self._taken.setdefault(size, deque(maxlen=_RECENT)).append(seconds)
+        self._taken.setdefault(size, deque(maxlen=_RECENT)).append((positions, seconds))
         self.count += 1
         self._last[size] = self.count
         for old in [old for old, last in self._last.items() if self.count - last > _STALE]:
             del self._taken[old], self._last[old]
+        self._points = [
+            (statistics.fmean(positions for positions, _ in taken), statistics.median(seconds for _, seconds in taken))
+            for _, taken in sorted(self._taken.items())
+        ]
 
     def expected(self, positions: int) -> float | None:
         """Seconds that a trip will take, None while nothing was measured.
 
-        What a larger one took is an upper bound; from a smaller one it is not far.
+        Between two sizes that were measured it is in proportion, and beyond them not far from the nearest.
         """
-        size = positions.bit_length()
-        smaller = [known for known in self._taken if known <= size]
-        if not smaller:
-            return statistics.median(self._taken[min(self._taken)]) if self._taken else None
-        nearest = max(smaller)
-        further = 0 if nearest == size else positions - (1 << (nearest - 1))
-        return statistics.median(self._taken[nearest]) * (1.0 + _PER_POSITION * further)
+        smaller = [point for point in self._points if point[0] <= positions]
+        larger = self._points[len(smaller) :]
+        if smaller and larger:
+            (fewer, seconds), (more, longer) = smaller[-1], larger[0]
+            return seconds + max(0.0, longer - seconds) * (positions - fewer) / (more - fewer)
+        if not self._points:
+            return None
+        nearest, seconds = (smaller[-1:] or larger)[0]
+        return seconds * _growth(positions) / _growth(nearest)
+
+
+def _growth(positions: float) -> float:
+    """What a trip takes over one of a single position, as long as nothing tells."""
+    return 1.0 + _PER_POSITION * (positions - 1)
 
 
 class Acceptance:
-    """How often a drafted token was right, given that those before it were, by its kind."""
+    """How often a token that a draft model drafted was right, given that those before it were."""
 
     def __init__(self) -> None:
-        self._right = [_PRIOR_WEIGHT * prior for prior in _PRIOR]
-        self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
+        self._right = _PRIOR_WEIGHT * _PRIOR
+        self._seen = _PRIOR_WEIGHT
 
-    def saw(self, kind: int, right: bool) -> None:
+    def saw(self, right: bool) -> None:
         """One more drafted token was compared with the one that came."""
-        kind = min(kind, len(_PRIOR) - 1)
-        self._right[kind] = _MEMORY * self._right[kind] + right
-        self._seen[kind] = _MEMORY * self._seen[kind] + 1.0
+        self._right = _MEMORY * self._right + right
+        self._seen = _MEMORY * self._seen + 1.0
 
-    def of(self, kind: int) -> float:
-        """The chance of the next one."""
-        kind = min(kind, len(_PRIOR) - 1)
-        return self._right[kind] / self._seen[kind]
+    @property
+    def chance(self) -> float:
+        """That of the next one."""
+        return self._right / self._seen
 
 
 @dataclass(slots=True)
@@ -129,32 +138,35 @@ class Tuner:
     """Chooses how much of a draft to send. One for each session.
 
     Attributes:
+        odds: what is known of tokens that are looked up.
+        acceptance: of those of a draft model.
         counts: what came of it.
     """
 
     def __init__(self) -> None:
         self.trips = Trips()
+        self.odds = Odds()
         self.acceptance = Acceptance()
         self.counts = Counts()
         self._draft_seconds = 0.0  # for one drafted token
 
-    def depth(self, kinds: Sequence[int], least: int = 0) -> int:
-        """How many of the tokens of these kinds are worth sending; where some are there, `least` in any case.
+    def depth(self, chances: Sequence[float], least: int = 0) -> int:
+        """How many tokens of a draft are worth sending; where some are there, `least` in any case.
 
-        The number for which the expected tokens per second are most.
+        The number for which the expected tokens per second are most. Each has its chance of being right, given that
+        those before it are.
         """
         single = self.trips.expected(1)
-        least = min(least, len(kinds))
-        if single is None:  # nothing is known yet: be modest
-            return max(least, min(len(kinds), 1))
-        if single < _MUCH * self._draft_seconds and not least:
+        least = min(least, len(chances))
+        if single is not None and single < _MUCH * self._draft_seconds and not least:
             return 0
-        best, best_rate = 0, 1.0 / single if not least else 0.0
-        expected_tokens, chance = 1.0, 1.0
-        for number, kind in enumerate(kinds, 1):
-            chance *= self.acceptance.of(kind)
-            expected_tokens += chance
-            seconds = (self.trips.expected(1 + number) or single) + number * self._draft_seconds
+        drafting = self._draft_seconds if single is not None else 0.0  # else a trip's is the unit
+        best, best_rate = 0, 1.0 / (single or 1.0) if not least else 0.0
+        expected_tokens, whole = 1.0, 1.0
+        for number, chance in enumerate(chances, 1):
+            whole *= chance
+            expected_tokens += whole
+            seconds = (self.trips.expected(1 + number) or _growth(1 + number)) + number * drafting
             if number >= least and expected_tokens / seconds > best_rate:
                 best, best_rate = number, expected_tokens / seconds
         return best
@@ -175,9 +187,9 @@ class Tuner:
         self.counts.drafted += sent
         self.counts.accepted += min(accepted, sent)
 
-    def compare(self, kinds: Sequence[int], drafted: Sequence[int], tokens: Sequence[int]) -> None:
-        """Learn from a draft, sent or not, and from what came in its place."""
-        for kind, guess, token in zip(kinds, drafted, tokens, strict=False):
-            self.acceptance.saw(kind, guess == token)
+    def compare(self, drafted: Sequence[int], tokens: Sequence[int]) -> None:
+        """Learn from what a draft model drafted, and from what came in its place."""
+        for guess, token in zip(drafted, tokens, strict=False):
+            self.acceptance.saw(guess == token)
             if guess != token:
                 return
