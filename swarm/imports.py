@@ -4,6 +4,10 @@ Transformers asks for torch's compiler and for the sharding of tensors between t
 is imported, for decorators and type checks of ways to run a model that are not taken here. So a process that is ours
 alone says that it has no `torch.distributed`, and has stand-ins in the place of some modules, which know the few names
 that are asked for at once. Whoever wants anything else of them gets the real ones, then.
+
+Threads that torch computes with are told to sleep while they wait for each other, where whoever runs the process has
+not chosen. As a rule they spin, which is a little faster on cores that have nothing else to do, and many times slower
+on others: a thread that waits keeps from its core the one that it waits for.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -81,6 +86,7 @@ _KNOWN: Mapping[str, Mapping[str, Any]] = {
 
 def import_lightly(*names: str) -> None:
     """Import modules that need torch and transformers, in a process that is ours alone."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by OpenMP when torch is loaded
     for name, known in _KNOWN.items():
         sys.modules.setdefault(name, StandIn(name, known))
     if not any(isinstance(finder, _Within) for finder in sys.meta_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,15 @@ def test_a_module_that_is_not_there_is_not_found() -> None:
 @pytest.mark.slow
 def test_a_process_starts_without_the_compiler_and_can_have_it() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", STARTED], check=True, timeout=50)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere another OpenMP comes with torch")
+@pytest.mark.parametrize(("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_for_each_other_sleep_unless_told_otherwise(chosen: dict[str, str], policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE", **chosen}
+    code = "from swarm.imports import import_lightly; import_lightly()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"OMP_WAIT_POLICY = '{policy}'" in ended.stderr
