@@ -17,7 +17,7 @@ import msgspec
 
 from swarm.errors import BadTensor, Malformed, Oversized, UnknownMessage
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER = 128 * 1024  # bytes of a message's header: of a run's largest, `swarm.agreement.messages`
 MAX_BODY = 256 * 1024 * 1024  # bytes of a message's body
 MAX_BATCH = 1024  # rows of a session

@@ -39,7 +39,7 @@ def _costs(replicas: int, rounds: int) -> list[float]:
     with contextlib.ExitStack() as stack:
         started = [
             stack.enter_context(running("rounder.py", str(rank), str(replicas), str(rounds)))
-            for rank in range(replicas)
+            for rank in range(replicas + 1)
         ]
         places = [json.loads(line) for _, line in started]
         for process, _ in started:
@@ -47,7 +47,7 @@ def _costs(replicas: int, rounds: int) -> list[float]:
             process.stdin.write(json.dumps(places) + "\n")
             process.stdin.flush()
         told = []
-        for process, _ in started:
+        for process, _ in started[:-1]:  # the last is the trainer
             assert process.stdout is not None
             if not (line := process.stdout.readline()):
                 raise Failed("a member ended; what it says is above")
