@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from peer.stage import SessionState, Stage, StepInput
+from swarm.batching.lean import PROOFS
 from swarm.errors import UsageError
 from swarm.links.bodies import forget_spare
 from swarm.quantization.layers import weight_bytes
@@ -21,6 +22,7 @@ from swarm.types import Span
 DEFAULT_CACHE_TOKENS = 16384
 LEAST_CACHE_TOKENS = 1024  # for which a block more is given up
 PREFILL = 512  # positions that the prefill is measured for
+LONG_SECONDS = 0.2  # of a step: with these, what a model does around its products is of no account
 _RUNS = 3
 _AS_FAST = 1.1  # times the fastest: what is not slower than that is as fast
 _SHARE = 0.8  # of the memory that is available, that blocks and their cache may take
@@ -57,6 +59,7 @@ def measure(stage: Stage, threads: Sequence[int] = ()) -> Capacity:
 
     Of several numbers of `threads`, the one to compute with from now on is chosen as in `decode`.
     """
+    rehearse(stage, 1)
     seconds, size = decode(stage, threads)
     return Capacity(
         seconds_per_block=seconds,
@@ -106,9 +109,22 @@ def _prefill(stage: Stage) -> float:
     return seconds * PREFILL / positions
 
 
+def rehearse(stage: Stage, tokens: int) -> None:
+    """Run steps of so many tokens until the stage knows a shorter way for them, and trusts it (`swarm.batching.lean`).
+
+    The first steps of each number of tokens take several times as long: better now than when somebody waits for them.
+    Where a step takes `LONG_SECONDS` anyway, that is little beside it.
+    """
+    state = stage.open(stage.span, batch=1, max_length=(PROOFS + 1) * tokens)
+    for turn in range(PROOFS + 1):  # the very first one is watched
+        if _time(stage, state, turn * tokens, tokens) > LONG_SECONDS:
+            break
+    stage.close(state)
+
+
 def _time(stage: Stage, state: SessionState, position: int, count: int) -> float:
     """Seconds that the next step takes, of `count` positions from `position` on."""
-    hidden = torch.zeros(1, count, stage.model.hidden_size)
+    hidden = torch.randn(1, count, stage.model.hidden_size, generator=torch.Generator().manual_seed(position))
     started = time.perf_counter()
     stage.run(state, StepInput(number=state.number + 1, position=position, hidden=hidden))
     return time.perf_counter() - started

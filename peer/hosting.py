@@ -48,6 +48,7 @@ class Hosting:
         self._stage: Stage | None = None
         self._capacity: Capacity | None = None
         self._threads: list[int] = []  # how many to compute with, the fastest of these
+        self._unrehearsed: list[int] = []  # numbers of tokens
 
     async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
         """Measure one block, and how many like it fit. Raises `UsageError` where none does, or fewer than wanted."""
@@ -70,9 +71,10 @@ class Hosting:
 
     async def host(self, span: Span) -> Capacity:
         """Load `span` and serve it. Raises what loading raises, and `UsageError` where the cache would not fit."""
-        from peer.capacity import cache_tokens, host_tokens, keep_small
+        from peer.capacity import LONG_SECONDS, cache_tokens, host_tokens, keep_small
         from peer.server import Server
         from peer.stage import PAGE
+        from swarm.batching.lean import PROOFS, TAPED
 
         room = self._room()
         stage, capacity = await self._executor.run(lambda: self._load(span))
@@ -91,7 +93,21 @@ class Hosting:
         await self._executor.run(keep_small)  # what loading has left behind
         gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
         self._stage, self._capacity = stage, capacity
+        short = capacity.seconds_per_block * len(span) <= LONG_SECONDS
+        most = min(TAPED, self.leases.capacity // (PROOFS + 1))
+        self._unrehearsed = list(range(2, most + 1)) if stage.batches and short else []
         return capacity
+
+    async def rehearse(self) -> bool:
+        """Rehearse steps of a number of tokens that none had yet; False where all had, or somebody uses the stage."""
+        from peer.capacity import rehearse
+
+        stage, server = self._stage, self.server
+        if stage is None or server is None or server.sessions or not self._unrehearsed:
+            return False
+        tokens = self._unrehearsed.pop(0)
+        await self._executor.run(lambda: rehearse(stage, tokens))
+        return True
 
     async def measure_again(self) -> Capacity | None:
         """What the stage can do now, while nobody uses it; None where somebody does, or it is as fast as was thought.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -20,6 +19,7 @@ from peer.hosting import Hosting
 from peer.joining import addresses_of, start_discovery
 from peer.mover import Means, Mover
 from peer.placement import Policy, Survey, best_span, reconsider, survey_parts
+from peer.quiet import Quiet
 from swarm.directory.reading import Part
 from swarm.discovery import Discovery
 from swarm.errors import ShoalError, UsageError
@@ -41,9 +41,6 @@ log = logging.getLogger(__name__)
 AROUND_SECONDS = 2.0  # to find our place among the others, before we say that we are online
 BEARINGS_SECONDS = 30.0  # between two calls for nothing but their round trip, at most
 RELEASE_SECONDS = 20.0  # between two times that memory which nobody uses is given back
-FIRST_MEASURED_SECONDS = 10.0  # after it came online, a stage is measured again: what started with it has settled
-MEASURED_SECONDS = 60.0  # and then so often
-MEASURING_SHARE = 0.005  # of the time, at most
 BANDWIDTH_PEERS = 3  # whose bandwidth is measured
 CHOICES = 3  # of a span, where others choose the same at the same moment
 
@@ -133,7 +130,8 @@ class Node:
         self._tasks.append(asyncio.create_task(self._keep()))
         self._tasks.append(asyncio.create_task(self._keep_bearings()))
         self._tasks.append(asyncio.create_task(keep_memory()))
-        self._tasks.append(asyncio.create_task(self._measure_again()))
+        quiet = Quiet(self.hosting, self._announcer, lambda: self._bandwidth)
+        self._tasks.append(asyncio.create_task(quiet.use()))
         if count is not None and self.settings.look_seconds:
             self._tasks.append(asyncio.create_task(self._move(count)))
 
@@ -268,22 +266,6 @@ class Node:
                 log.info("no offers error=%r", str(error))
                 continue
             await ping(self.rpc, chance.sample(others, min(1, len(others))), BEARINGS_SECONDS)
-
-    async def _measure_again(self) -> None:
-        """Now and then, while nobody uses the stage: how fast is it really?"""
-        assert self.hosting is not None
-        assert self._announcer is not None
-        pause = FIRST_MEASURED_SECONDS
-        while True:
-            await asyncio.sleep(pause)
-            started = time.monotonic()
-            capacity = await self.hosting.measure_again()
-            pause = max(MEASURED_SECONDS, (time.monotonic() - started) / MEASURING_SHARE)
-            offer = self._announcer.offer
-            if capacity is not None and offer.state is State.ONLINE:
-                speed = capacity.tokens_per_second(len(offer.span), self._bandwidth)
-                with contextlib.suppress(ShoalError):  # it is told with the next renewal
-                    await self._announcer.keep(tokens_per_second=speed, seconds_per_block=capacity.seconds_per_block)
 
     async def _keep(self) -> None:
         """Let the offer say what is, and end what nobody needs any more."""

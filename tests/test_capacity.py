@@ -25,6 +25,7 @@ from peer.capacity import (
     fitting_blocks,
     host_tokens,
     measure,
+    rehearse,
     release_memory,
     thread_counts,
 )
@@ -92,6 +93,19 @@ def test_threads_are_tried_by_halves_down_to_one(most: int) -> None:
     counts = thread_counts(most)
     assert (counts[0], counts[-1]) == (most, 1)
     assert all(fewer == more // 2 for more, fewer in itertools.pairwise(counts))
+
+
+def test_a_rehearsed_number_of_tokens_is_known_and_proven(folder: Path) -> None:
+    stage = stage_of(folder, 1, 4)
+    measure(stage)
+    lean = stage.model._lean
+    assert lean is not None
+    assert lean.known
+    assert 5 not in lean._open
+    rehearse(stage, 5)
+    assert lean._open[5] == 0
+    assert lean.known
+    assert stage.pages._claims == {}
 
 
 def test_bandwidth_is_a_part_of_the_speed() -> None:

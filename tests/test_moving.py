@@ -13,7 +13,7 @@ import pytest
 import torch
 from inprocess import Swarm, running_swarm, save_llama
 
-import peer.node
+import peer.quiet
 from peer import capacity
 from peer.node import Node
 from peer.placement import Move
@@ -82,8 +82,8 @@ def test_what_was_measured_in_a_hurry_is_measured_again_once_nobody_uses_it(
 ) -> None:
     measured = capacity.measure
     monkeypatch.setattr(capacity, "measure", lambda *args: replace(measured(*args), seconds_per_block=2.0))
-    monkeypatch.setattr(peer.node, "FIRST_MEASURED_SECONDS", 0.1)
-    monkeypatch.setattr(peer.node, "MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(peer.quiet, "FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(peer.quiet, "MEASURED_SECONDS", 0.1)
     node = swarm.serve(folder, "0:6")
     assert offer_of(node).tokens_per_second < 0.1
     with SwarmModelForCausalLM.from_pretrained(folder, initial_peers=[swarm.address]) as model:

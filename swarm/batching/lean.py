@@ -22,8 +22,8 @@ from torch import nn
 from swarm.batching.ragged import RaggedCache, Sight
 from swarm.batching.tape import Recorder, Tape, Unrecorded
 
-_PROOFS = 3  # forwards of each number of tokens that has tapes, and of any larger one
-_TAPED = 16  # tokens, at most: with more, the products are all that counts
+PROOFS = 3  # forwards of each number of tokens that has tapes, and of any larger one
+TAPED = 16  # tokens, at most: with more, the products are all that counts
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -121,12 +121,12 @@ class Lean:
         self, full: Callable[[RaggedCache], torch.Tensor], hidden: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
         """The output of the blocks, [1, T, H]: by the lean way, or by `full`, the model's own forward."""
-        tokens, cache = hidden.shape[1] if hidden.shape[1] <= _TAPED else 0, RaggedCache()
+        tokens, cache = hidden.shape[1] if hidden.shape[1] <= TAPED else 0, RaggedCache()
         if self._refuted:
             return full(cache)
         if self._plan is None:
             return self._watch(full, hidden, position_ids, cache)
-        if self._open.setdefault(tokens, _PROOFS) == 0:
+        if self._open.setdefault(tokens, PROOFS) == 0:
             return self._plan.run(hidden, position_ids, cache)
         output = full(cache)
         self._prove(self._plan, tokens, output, hidden, position_ids)
@@ -161,7 +161,7 @@ class Lean:
         if same:
             self._open[tokens] -= 1
         elif plan.forget_tapes(tokens):
-            self._open[tokens] = _PROOFS
+            self._open[tokens] = PROOFS
         else:
             self._refuted = why
 
