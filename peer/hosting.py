@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Hosting:
         self._capacity: Capacity | None = None
         self._threads: list[int] = []  # how many to compute with, the fastest of these
         self._unrehearsed: list[int] = []  # numbers of tokens
+        self._quiet = asyncio.Lock()  # while the stage is used for itself: nobody lets it go meanwhile
 
     async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
         """Measure one block, and how many like it fit. Raises `UsageError` where none does, or fewer than wanted."""
@@ -102,12 +104,13 @@ class Hosting:
         """Rehearse steps of a number of tokens that none had yet; False where all had, or somebody uses the stage."""
         from peer.capacity import rehearse
 
-        stage, server = self._stage, self.server
-        if stage is None or server is None or server.sessions or not self._unrehearsed:
-            return False
-        tokens = self._unrehearsed.pop(0)
-        await self._executor.run(lambda: rehearse(stage, tokens))
-        return True
+        async with self._quiet:
+            stage, server = self._stage, self.server
+            if stage is None or server is None or server.sessions or not self._unrehearsed:
+                return False
+            tokens = self._unrehearsed.pop(0)
+            await self._executor.run(lambda: rehearse(stage, tokens))
+            return True
 
     async def measure_again(self) -> Capacity | None:
         """What the stage can do now, while nobody uses it; None where somebody does, or it is as fast as was thought.
@@ -118,22 +121,25 @@ class Hosting:
 
         from peer.capacity import decode
 
-        stage, server = self._stage, self.server
-        if stage is None or self._capacity is None or server is None or server.sessions:
-            return None
-        seconds, threads = await self._executor.run(lambda: (decode(stage, self._threads)[0], torch.get_num_threads()))
-        if server is not self.server or not server.load.measured(seconds):
-            return None
-        log.info("measured again decode_ms=%.2f threads=%d", 1000 * seconds, threads)
-        self._capacity = replace(self._capacity, seconds_per_block=seconds)
-        return self._capacity
+        async with self._quiet:
+            stage, capacity, server = self._stage, self._capacity, self.server
+            if stage is None or capacity is None or server is None or server.sessions:
+                return None
+            counts = self._threads
+            seconds, threads = await self._executor.run(lambda: (decode(stage, counts)[0], torch.get_num_threads()))
+            if not server.load.measured(seconds):
+                return None
+            log.info("measured again decode_ms=%.2f threads=%d", 1000 * seconds, threads)
+            self._capacity = replace(capacity, seconds_per_block=seconds)
+            return self._capacity
 
     async def leave(self) -> None:
         """Let the stage go, and its memory with it. Sessions that are still there are ended."""
         from peer.capacity import release_memory
 
         assert self.server is not None
-        self._stage = self._capacity = None
+        async with self._quiet:
+            self._stage = self._capacity = None
         await self.server.close()
         await self._executor.run(release_memory)
 
