@@ -210,7 +210,7 @@ def _drafts(case: str, asked: list[_Asked], must: float | None) -> list[Row]:
     accepted = sum(each.accepted for each in counts) / max(sum(each.drafted for each in counts), 1)
     return [
         rounds.row(f"{case}, drafts over none", "tokens/s", None if must is None else Must("ratio", ">=", must)),
-        Row(f"{case}, tokens a trip, of drafts from the text that are all right", trips, "tokens", best, trips / best),
+        Row(f"{case}, tokens a trip", trips, "tokens", best, trips / best),
         Row(f"{case}, accepted of what was drafted", accepted, "of all"),
     ]
 
