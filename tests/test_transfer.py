@@ -28,7 +28,8 @@ class Member:
 
     def __init__(self) -> None:
         self.round = 3
-        self.state: Named = [("odd", ODD), ("large", LARGE), ("step", torch.tensor(7)), ("none", torch.empty(0, 2))]
+        large: Named = [("large", LARGE), ("moment", torch.ones(64))]
+        self.state: Named = [("odd", ODD), *large, ("step", torch.tensor(7)), ("none", torch.empty(0, 2))]
         self.lie = b""
 
     async def copy(self) -> tuple[int, Named, bytes]:
@@ -50,7 +51,7 @@ def decision(round_: int, outcome: str = "commit") -> Decision:
 
 async def test_a_state_comes_as_it_is(nothing_left: None) -> None:
     async with donor() as (member, _, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         assert fetched.round == 3
         assert [name for name, _ in fetched.state] == [name for name, _ in member.state]
         for (_, came), (_, was) in zip(fetched.state, member.state, strict=True):
@@ -60,7 +61,7 @@ async def test_a_state_comes_as_it_is(nothing_left: None) -> None:
 
 async def test_every_step_after_it_comes_in_order_also_those_that_were_made_meanwhile() -> None:
     async with donor() as (_, giving, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         assert giving.followed
         await giving.stepped(decision(3), {"stage-0": as_it_is(LARGE), "tied": as_it_is(torch.ones(5))})
         await giving.stepped(decision(4, "skip"), {})
@@ -83,7 +84,7 @@ async def test_a_step_comes_in_the_bytes_of_the_average(dtype: str) -> None:
     chunks = [Chunk(dtype, len(values), CODECS[dtype].encode(values)) for values in (LARGE[:500_001], LARGE[500_001:])]
     held = torch.cat([CODECS[dtype].decode(chunk.body, torch.empty(chunk.count)) for chunk in chunks])
     async with donor() as (_, giving, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         await giving.stepped(decision(3), {"stage-0": chunks})
         step = await anext(fetched.steps(lambda round_: False))
         assert torch.equal(step.mean["stage-0"], held)
@@ -94,7 +95,7 @@ async def test_a_step_comes_in_the_bytes_of_the_average(dtype: str) -> None:
 @pytest.mark.parametrize("lie", [Chunk("float64", 3, memoryview(bytes(24))), Chunk("int8", 1 << 40, memoryview(b""))])
 async def test_a_step_in_a_code_that_there_is_not_is_refused(lie: Chunk) -> None:
     async with donor() as (_, giving, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         await giving.stepped(decision(3), {"stage-0": [lie]})
         with pytest.raises(Malformed):
             await anext(fetched.steps(lambda round_: False))
@@ -104,22 +105,38 @@ async def test_a_state_that_is_not_what_its_digest_says_is_refused() -> None:
     async with donor() as (member, _, link):
         member.lie = b"x" * 32
         with pytest.raises(BadTensor):
-            await Fetched.open(link, LINE)
+            await Fetched.open(link, LINE, Member().state)
+
+
+@pytest.mark.parametrize("other", [("large", torch.ones(7)), ("large", LARGE.half()), ("larger", LARGE)])
+async def test_the_state_of_another_stage_is_refused_before_it_comes(other: tuple[str, torch.Tensor]) -> None:
+    async with donor() as (member, _, link):
+        like = [other if name == "large" else (name, tensor) for name, tensor in member.state]
+        with pytest.raises(BadTensor, match="other tensors"):
+            await Fetched.open(link, LINE, like)
+
+
+async def test_a_mean_gradient_that_is_larger_than_the_state_is_refused_before_it_comes() -> None:
+    async with donor() as (_, giving, link):
+        fetched = await Fetched.open(link, LINE, Member().state)
+        await giving.stepped(decision(3), {"stage-0": as_it_is(torch.ones(750_000))})
+        with pytest.raises(Malformed, match="larger"):
+            await anext(fetched.steps(lambda round_: False))
 
 
 async def test_another_line_and_too_many_newcomers_are_refused() -> None:
     async with donor() as (_, _, link):
         with pytest.raises(StaleRound):
-            await Fetched.open(link, b"x" * 16)
+            await Fetched.open(link, b"x" * 16, Member().state)
         for _ in range(transfer.MAX_TRANSFERS):
-            await Fetched.open(link, LINE)
+            await Fetched.open(link, LINE, Member().state)
         with pytest.raises(Busy):
-            await Fetched.open(link, LINE)
+            await Fetched.open(link, LINE, Member().state)
 
 
 async def test_a_newcomer_that_is_too_slow_is_told_so_and_costs_no_more_memory() -> None:
     async with donor() as (_, giving, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         for round_ in range(3, 4 + transfer.MAX_BEHIND):
             assert giving.followed
             await giving.stepped(decision(round_), {"stage-0": as_it_is(LARGE)})
@@ -130,7 +147,7 @@ async def test_a_newcomer_that_is_too_slow_is_told_so_and_costs_no_more_memory()
 
 async def test_a_newcomer_may_be_as_far_behind_as_costs_no_more_than_to_begin_anew() -> None:
     async with donor() as (_, giving, link):
-        await Fetched.open(link, LINE)
+        await Fetched.open(link, LINE, Member().state)
         quarter = [Chunk("int8", len(LARGE), CODECS["int8"].encode(LARGE))]
         for round_ in range(3, 3 + transfer.MAX_BEHIND):
             await giving.stepped(decision(round_, "skip"), {})
@@ -143,7 +160,7 @@ async def test_a_newcomer_may_be_as_far_behind_as_costs_no_more_than_to_begin_an
 
 async def test_who_is_through_is_forgotten() -> None:
     async with donor() as (_, giving, link):
-        fetched = await Fetched.open(link, LINE)
+        fetched = await Fetched.open(link, LINE, Member().state)
         fetched.close()
-        await Fetched.open(link, LINE)
+        await Fetched.open(link, LINE, Member().state)
         assert len(giving._transfers) == 1

@@ -266,7 +266,8 @@ class MemberAttendance(Attendance):
             raise Unreachable(f"nobody knows where {source} listens", source)
         link = await self.rpc.connect(source, [Address(*pair) for pair in endpoint.addresses])
         log.info("taking the state from=%s", source[-6:])
-        fetched = await Fetched.open(link, roster.line)
+        like = await self._executor.run(lambda: list(self.replica.state()))
+        fetched = await Fetched.open(link, roster.line, like)
         try:
             await self._load(fetched)
             async for step in fetched.steps(lambda round_: self.round > round_):

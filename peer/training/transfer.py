@@ -212,14 +212,21 @@ class Fetched:
         self.round = opened.round
         self.state = state
         self.digest = opened.digest
+        self._length = opened.length
 
     @classmethod
-    async def open(cls, link: Link, line: bytes) -> Fetched:
-        """Pull the state of the member at the other end. Raises `BadTensor` where it is not what its digest says."""
+    async def open(cls, link: Link, line: bytes, like: Named) -> Fetched:
+        """Pull the state of the member at the other end.
+
+        Raises `BadTensor` where its tensors are not such as those that are held here, `like`, before any is pulled; and
+        where the state is not what its digest says.
+        """
         opened, listed = await link.call(OpenState(line), timeout=OPEN_TIMEOUT)
         if not isinstance(opened, StateOpened):
             raise Malformed("a state that is none", link.peer)
         entries = _entries(listed, opened.length, link)
+        if [(entry.name, entry.spec) for entry in entries] != [(name, tensors.spec_of(held)) for name, held in like]:
+            raise BadTensor("the state of another stage: it has other tensors", link.peer)
         state = [
             (entry.name, torch.empty(entry.spec.shape, dtype=tensors.dtype_of(entry.spec.dtype))) for entry in entries
         ]
@@ -241,7 +248,10 @@ class Fetched:
                 continue
             if not isinstance(made, StepMade) or made.decision.round != round_:
                 raise Malformed("a step that is none", self._link.peer)
-            coded = await self._mean(round_, _chunks(listed, self._link))
+            chunks = _chunks(listed, self._link)
+            if sum(chunk.size for chunk in chunks) > self._length:
+                raise Malformed("a mean gradient that is larger than the state", self._link.peer)
+            coded = await self._mean(round_, chunks)
             yield Step(made.decision, coded, await asyncio.to_thread(vectors_of, coded))
             round_ += 1
 
