@@ -6,14 +6,14 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from peer.stage import SessionState, Stage, StepInput
-from swarm.batching.lean import PROOFS
+from swarm.batching.lean import PROOFS, TAPED
 from swarm.errors import UsageError
 from swarm.links.bodies import forget_spare
 from swarm.quantization.layers import weight_bytes
@@ -22,8 +22,8 @@ from swarm.types import Span
 DEFAULT_CACHE_TOKENS = 16384
 LEAST_CACHE_TOKENS = 1024  # for which a block more is given up
 PREFILL = 512  # positions that the prefill is measured for
-LONG_SECONDS = 0.2  # of a step: with these, what a model does around its products is of no account
-_RUNS = 3
+LONG_SECONDS = 0.2  # of a step: where it takes as long, what a model does around its products is of no account
+RUNS = 3
 _AS_FAST = 1.1  # times the fastest: what is not slower than that is as fast
 _SHARE = 0.8  # of the memory that is available, that blocks and their cache may take
 
@@ -57,14 +57,18 @@ class Capacity:
 def measure(stage: Stage, threads: Sequence[int] = ()) -> Capacity:
     """Run a few decode steps of one session through the stage, and a prefill through one of its blocks.
 
-    Of several numbers of `threads`, the one to compute with from now on is chosen as in `decode`.
+    Of several numbers of `threads`, the `fastest` is what this thread computes with from now on.
     """
-    rehearse(stage, 1)
-    seconds, size = decode(stage, threads)
+    for _ in range(PROOFS + 1):  # the very first one is watched
+        if rehearse(stage, 1) > LONG_SECONDS:
+            break
+    counts = threads or [torch.get_num_threads()]
+    count, seconds = fastest({count: [decode(stage, count) for _ in range(RUNS)] for count in counts})
+    torch.set_num_threads(count)
     return Capacity(
         seconds_per_block=seconds,
         prefill_seconds_per_block=_prefill(stage),
-        bytes_per_token=size,
+        bytes_per_token=_bytes_per_token(stage),
         weights=weight_bytes(stage.model.model),
         blocks=len(stage.span),
         activation=stage.model.hidden_size * stage.model.dtype.itemsize,
@@ -76,28 +80,33 @@ def thread_counts(most: int) -> list[int]:
     return [most >> halvings for halvings in range(most.bit_length())]
 
 
-def decode(stage: Stage, threads: Sequence[int] = ()) -> tuple[float, int]:
-    """Seconds that one session's decode of a token takes in one of its blocks, on average; bytes that it is kept in.
+def fastest(taken: Mapping[int, Sequence[float]]) -> tuple[int, float]:
+    """By what steps took with so many threads: the largest number that is as fast as any, and how fast that is.
 
-    Of several numbers of `threads`, the largest that is as fast as any is what this thread computes with from now on.
     More are not always faster: a product ends when the last of them has done its part, and that one may be waiting for
     a core that others use, for many times as long as the product takes.
     """
-    counts = threads or [torch.get_num_threads()]
-    taken = [_decode(stage, count) for count in counts]
-    fastest = min(seconds for seconds, _ in taken)
-    chosen = next(place for place, (seconds, _) in enumerate(taken) if seconds <= _AS_FAST * fastest)
-    torch.set_num_threads(counts[chosen])
-    return taken[chosen]
+    medians = {count: statistics.median(seconds) for count, seconds in taken.items()}
+    count = max(count for count, seconds in medians.items() if seconds <= _AS_FAST * min(medians.values()))
+    return count, medians[count]
 
 
-def _decode(stage: Stage, threads: int) -> tuple[float, int]:
+def decode(stage: Stage, threads: int) -> float:
+    """Seconds that a token of one session takes in a block, on average, where so many threads compute."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    state = stage.open(stage.span, batch=1, max_length=_RUNS)
-    seconds = statistics.median(_time(stage, state, position, 1) for position in range(_RUNS))
+    try:
+        return max(rehearse(stage, 1), 1e-6) / len(stage.span)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bytes_per_token(stage: Stage) -> int:
+    state = stage.open(stage.span, batch=1, max_length=1)
+    _time(stage, state, 0, 1)
     size = stage.bytes_per_token(state)
     stage.close(state)
-    return max(seconds, 1e-6) / len(stage.span), size
+    return size
 
 
 def _prefill(stage: Stage) -> float:
@@ -109,22 +118,26 @@ def _prefill(stage: Stage) -> float:
     return seconds * PREFILL / positions
 
 
-def rehearse(stage: Stage, tokens: int) -> None:
-    """Run steps of so many tokens until the stage knows a shorter way for them, and trusts it (`swarm.batching.lean`).
+def rehearsals(most: int) -> list[int]:
+    """How many tokens to `rehearse` with, one time after another, where `most` are held. A single one is known."""
+    return [tokens for tokens in range(2, min(TAPED, most) + 1) for _ in range(PROOFS)]
 
-    The first steps of each number of tokens take several times as long: better now than when somebody waits for them.
-    Where a step takes `LONG_SECONDS` anyway, that is little beside it.
+
+def rehearse(stage: Stage, tokens: int) -> float:
+    """Run a step of so many tokens, of which nothing is kept; the seconds that it took.
+
+    The first steps of each number of tokens take several times as long, until the stage knows a shorter way for them,
+    and trusts it (`swarm.batching.lean`): better now than when somebody waits for them.
     """
-    state = stage.open(stage.span, batch=1, max_length=(PROOFS + 1) * tokens)
-    for turn in range(PROOFS + 1):  # the very first one is watched
-        if _time(stage, state, turn * tokens, tokens) > LONG_SECONDS:
-            break
+    state = stage.open(stage.span, batch=1, max_length=tokens)
+    seconds = _time(stage, state, 0, tokens)
     stage.close(state)
+    return seconds
 
 
 def _time(stage: Stage, state: SessionState, position: int, count: int) -> float:
     """Seconds that the next step takes, of `count` positions from `position` on."""
-    hidden = torch.randn(1, count, stage.model.hidden_size, generator=torch.Generator().manual_seed(position))
+    hidden = torch.randn(1, count, stage.model.hidden_size)
     started = time.perf_counter()
     stage.run(state, StepInput(number=state.number + 1, position=position, hidden=hidden))
     return time.perf_counter() - started

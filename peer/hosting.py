@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Hosting:
         self._stage: Stage | None = None
         self._capacity: Capacity | None = None
         self._threads: list[int] = []  # how many to compute with, the fastest of these
-        self._unrehearsed: list[int] = []  # numbers of tokens
+        self._unrehearsed: list[int] = []  # tokens of steps
         self._quiet = asyncio.Lock()  # while the stage is used for itself: nobody lets it go meanwhile
 
     async def probe(self, block: int, num_blocks: int) -> tuple[Capacity, int]:
@@ -73,10 +74,9 @@ class Hosting:
 
     async def host(self, span: Span) -> Capacity:
         """Load `span` and serve it. Raises what loading raises, and `UsageError` where the cache would not fit."""
-        from peer.capacity import LONG_SECONDS, cache_tokens, host_tokens, keep_small
+        from peer.capacity import LONG_SECONDS, cache_tokens, host_tokens, keep_small, rehearsals
         from peer.server import Server
         from peer.stage import PAGE
-        from swarm.batching.lean import PROOFS, TAPED
 
         room = self._room()
         stage, capacity = await self._executor.run(lambda: self._load(span))
@@ -96,12 +96,16 @@ class Hosting:
         gc.freeze()  # what was imported and loaded stays: no collection has to look through it, between two tokens
         self._stage, self._capacity = stage, capacity
         short = capacity.seconds_per_block * len(span) <= LONG_SECONDS
-        most = min(TAPED, self.leases.capacity // (PROOFS + 1))
-        self._unrehearsed = list(range(2, most + 1)) if stage.batches and short else []
+        self._unrehearsed = rehearsals(self.leases.capacity) if stage.batches and short else []
         return capacity
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anybody has a session here, or nothing is served yet."""
+        return self._stage is None or self.server is None or self.server.sessions > 0
+
     async def rehearse(self) -> bool:
-        """Rehearse steps of a number of tokens that none had yet; False where all had, or somebody uses the stage."""
+        """Rehearse a step; False where nothing is left to rehearse, or somebody uses the stage."""
         from peer.capacity import rehearse
 
         async with self._quiet:
@@ -119,14 +123,19 @@ class Hosting:
         """
         import torch
 
-        from peer.capacity import decode
+        from peer.capacity import RUNS, decode, fastest
 
         async with self._quiet:
             stage, capacity, server = self._stage, self._capacity, self.server
-            if stage is None or capacity is None or server is None or server.sessions:
+            if stage is None or capacity is None or server is None:
                 return None
-            counts = self._threads
-            seconds, threads = await self._executor.run(lambda: (decode(stage, counts)[0], torch.get_num_threads()))
+            taken: dict[int, list[float]] = {count: [] for count in self._threads}
+            for count in self._threads * RUNS:
+                if server.sessions:
+                    return None
+                taken[count].append(await self._executor.run(partial(decode, stage, count)))
+            threads, seconds = fastest(taken)
+            await self._executor.run(lambda: torch.set_num_threads(threads))
             if not server.load.measured(seconds):
                 return None
             log.info("measured again decode_ms=%.2f threads=%d", 1000 * seconds, threads)

@@ -13,6 +13,7 @@ from swarm.errors import ShoalError
 from swarm.types import State
 
 LOOK_SECONDS = 1.0  # between two looks whether somebody does
+QUIET_SECONDS = 5.0  # that nobody did: who comes online in time of need is used at once
 FIRST_SECONDS = 10.0  # after it came online, a stage is measured again: what started with it has settled
 MEASURED_SECONDS = 60.0  # and then so often
 MEASURING_SHARE = 0.005  # of the time, at most
@@ -32,9 +33,14 @@ class Quiet:
 
     async def use(self) -> None:
         """For ever."""
-        due = time.monotonic() + FIRST_SECONDS
+        used = time.monotonic()
+        due = used + FIRST_SECONDS
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            if self._hosting.is_used:
+                used = time.monotonic()
+            if time.monotonic() - used < QUIET_SECONDS:
+                continue
             while await self._hosting.rehearse():
                 pass
             if time.monotonic() >= due:

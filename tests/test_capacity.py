@@ -21,10 +21,10 @@ from peer.capacity import (
     Capacity,
     budget,
     cache_tokens,
-    decode,
     fitting_blocks,
     host_tokens,
     measure,
+    rehearsals,
     rehearse,
     release_memory,
     thread_counts,
@@ -66,7 +66,7 @@ def test_a_stage_is_measured(folder: Path) -> None:
         ({4: 0.5, 2: 1.0, 1: 2.0}, 4),
         ({4: 50.0, 2: 0.9, 1: 1.0}, 2),
         ({4: 1.05, 2: 1.0, 1: 1.02}, 4),
-        ({4: 9, 2: 9, 1: 1}, 1),
+        ({4: 9.0, 2: 9.0, 1: 1.0}, 1),
     ],
 )
 def test_the_largest_number_of_threads_that_is_as_fast_as_any_is_computed_with(
@@ -77,13 +77,13 @@ def test_the_largest_number_of_threads_that_is_as_fast_as_any_is_computed_with(
 
     def time(stage: Stage, state: SessionState, position: int, count: int) -> float:
         timed(stage, state, position, count)
-        return seconds[torch.get_num_threads()]
+        return seconds.get(torch.get_num_threads(), 1.0)
 
     monkeypatch.setattr(capacity, "_time", time)
     try:
-        found, _ = decode(stage_of(folder, 1, 3), thread_counts(4))
+        found = measure(stage_of(folder, 1, 3), thread_counts(4))
         assert torch.get_num_threads() == chosen
-        assert found == seconds[chosen] / 2
+        assert found.seconds_per_block == seconds[chosen] / 2
     finally:
         torch.set_num_threads(before)
 
@@ -102,8 +102,10 @@ def test_a_rehearsed_number_of_tokens_is_known_and_proven(folder: Path) -> None:
     assert lean is not None
     assert lean.known
     assert 5 not in lean._open
-    rehearse(stage, 5)
-    assert lean._open[5] == 0
+    for tokens in rehearsals(6):
+        rehearse(stage, tokens)
+    assert {tokens: left for tokens, left in lean._open.items() if left} == {}
+    assert lean._open.keys() == {1, 2, 3, 4, 5, 6}
     assert lean.known
     assert stage.pages._claims == {}
 

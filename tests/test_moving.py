@@ -82,6 +82,7 @@ def test_what_was_measured_in_a_hurry_is_measured_again_once_nobody_uses_it(
 ) -> None:
     measured = capacity.measure
     monkeypatch.setattr(capacity, "measure", lambda *args: replace(measured(*args), seconds_per_block=2.0))
+    monkeypatch.setattr(peer.quiet, "QUIET_SECONDS", 0.1)
     monkeypatch.setattr(peer.quiet, "FIRST_SECONDS", 0.1)
     monkeypatch.setattr(peer.quiet, "MEASURED_SECONDS", 0.1)
     node = swarm.serve(folder, "0:6")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,5 +33,6 @@ def running(script: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
                 raise Failed(f"{script} ended with code {process.wait()}; what it says is above")
             yield process, line
         except BaseException:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # what it has started, too
+                os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -5,6 +5,7 @@ Run as `python hivemind_reducer.py RANK SIZE DTYPE`. It finds its group before i
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -22,13 +23,19 @@ from hivemind.utils import get_dht_time
 
 from benches.reducer import SAMPLED, say, vector
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 30.0  # seconds
 MATCHMAKING = 2.0  # seconds
 
 
 def hear() -> Any:
-    """A line of JSON from the bench; None where there are no more."""
+    """A line of JSON from the bench; None where there are no more.
+
+    What is done with it ends before long, or this process does: hivemind's processes wait for each other for ever at
+    times.
+    """
+    faulthandler.cancel_dump_traceback_later()
     line = sys.stdin.readline()
+    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
     return json.loads(line) if line else None
 
 
