@@ -11,7 +11,7 @@ import pytest
 import torch
 from allocations import allocated
 from dataplane import ListeningRpc
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peer.averaging import Averager
@@ -82,6 +82,9 @@ def test_what_a_code_leaves_out_comes_with_the_next_round_and_not_after_a_discar
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=9), st.integers(0, 10_000))
+@example(
+    [1.0, 610409274515.75, 610409274515.75, 1.0], 217
+)  # where each bound is rounded in two ways, one value is lost
 def test_parts_cover_the_vector_once(bandwidths: list[float], length: int) -> None:
     shares = [Share(str(number), 0, 1, bandwidth) for number, bandwidth in enumerate(bandwidths)]
     covered = [index for part in parts(shares, length).values() for index in part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -33,12 +34,13 @@ def parts(shares: Sequence[Share], length: int) -> dict[PeerId, range]:
     slow is spared by a small part.
     """
     weights = _weights([share.bandwidth for share in shares])
-    total, before, found = sum(weights), 0.0, {}
-    for share, weight in zip(shares, weights, strict=True):
-        start = round(length * before / total)
-        before += weight
-        found[PeerId(share.peer)] = range(start, round(length * min(before / total, 1.0)))
-    return found
+    total = sum(weights)
+    ends = [round(length * min(weight / total, 1.0)) for weight in itertools.accumulate(weights)]
+    ends[-1] = length
+    return {
+        PeerId(share.peer): range(start, end)
+        for share, (start, end) in zip(shares, itertools.pairwise([0, *ends]), strict=True)
+    }
 
 
 def _weights(bandwidths: Sequence[float]) -> list[float]:
