@@ -52,15 +52,21 @@ places = st.builds(Coordinate, st.tuples(axes, axes, axes), st.floats(0.0001, 0.
 
 
 @st.composite
-def swarms(draw: st.DrawFn) -> list[Offer]:
-    offers = []
-    for number in range(draw(st.integers(1, 5))):
+def swarms(draw: st.DrawFn, whole: bool = False) -> list[Offer]:
+    """Up to five peers; where it is `whole`, every block has one."""
+    spans, cuts = [], [0, *sorted(draw(st.sets(st.integers(1, BLOCKS - 1), max_size=2))), BLOCKS]
+    if whole:
+        spans = [(draw(st.integers(0, a)), draw(st.integers(b, BLOCKS))) for a, b in itertools.pairwise(cuts)]
+    for _ in range(draw(st.integers(int(not whole), 5 - len(spans)))):
         start = draw(st.integers(0, BLOCKS - 1))
+        spans.append((start, draw(st.integers(start + 1, BLOCKS))))
+    offers = []
+    for number, (start, end) in enumerate(draw(st.permutations(spans))):
         offers.append(
             an_offer(
                 f"p{number}",
                 start,
-                draw(st.integers(start + 1, BLOCKS)),
+                end,
                 coordinate=draw(places),
                 seconds_per_block=draw(st.floats(0.0005, 0.05)),
                 queue=draw(st.floats(0, 2)),
@@ -90,9 +96,8 @@ def seconds(hops: Sequence[Hop], offers: Sequence[Offer], source: Coordinate = H
     )
 
 
-@given(swarms())
+@given(swarms(whole=True))
 def test_no_route_at_all_is_faster(offers: list[Offer]) -> None:
-    assume(not uncovered(offers, BLOCKS))
     route = find_route(offers, BLOCKS, view=View(HERE))
     found = seconds(route.hops, offers)
     assert len({hop.peer for hop in route}) == len(route)
