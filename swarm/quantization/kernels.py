@@ -41,18 +41,13 @@ def kernel_for(weight: QuantizedWeight, device: torch.device) -> Kernel:
     """The fastest product with `weight` on `device`."""
     if device.type == "cpu":
         if weight.kind == "int8":
-            return FbgemmInt8(weight) if _has_fbgemm() else Plain(weight, device)
+            return FbgemmInt8(weight) if FbgemmInt8.is_here() else Plain(weight, device)
         return CpuInt4(weight) if weight.shape[0] % 16 == 0 else Plain(weight, device)
     if device.type == "cuda" and weight.kind == "int8":
         return WeightOnlyInt8(weight, device)
     if device.type == "cuda" and TiledInt4.takes(weight) and torch.cuda.get_device_capability(device) >= (8, 0):
         return TiledInt4(weight, device)
     return Plain(weight, device)
-
-
-@functools.cache
-def _has_fbgemm() -> bool:
-    return torch.backends.quantized.engine in ("x86", "fbgemm") and torch.cpu.get_capabilities().get("avx2", False)
 
 
 class FbgemmInt8(Shared):
@@ -62,6 +57,12 @@ class FbgemmInt8(Shared):
     value would take the others' precision: several rows are quantized here, in the same way. Without VNNI, sums of two
     products are kept in 16 bits, which 8 bits on both sides overflow: so the input gets 7 there.
     """
+
+    @staticmethod
+    @functools.cache
+    def is_here() -> bool:
+        """Whether torch has it on this machine."""
+        return torch.backends.quantized.engine in ("x86", "fbgemm") and torch.cpu.get_capabilities().get("avx2", False)
 
     _LIFT = 4096.0  # what inputs are multiplied by: FBGEMM takes no scale below 6.1e-5, and small inputs want one
 
@@ -83,12 +84,31 @@ class FbgemmInt8(Shared):
         if len(rows) == 1:
             product: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduced)
             return product
+        values, scale, zero = self._rounded(rows)
+        return self._product(values).sub_(zero * self._sums).mul_(scale)
+
+    def fine(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product with rows in 16 bits: what 8 bits leave of each goes along as a row of its own.
+
+        Also returns what the two leave, [R, K].
+        """
+        left = rows.float() * self._LIFT
+        parts = []
+        for _ in range(2):
+            values, scale, zero = self._rounded(left)
+            left = left - (values - zero) * scale
+            parts.append((values, scale, zero))
+        values, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+        products = self._product(values).sub_(zero * self._sums).mul_(scale)
+        return products[: len(rows)] + products[len(rows) :], left / self._LIFT
+
+    def _rounded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows as whole numbers that fit into 8 bits; their scales and zero points, [R, 1]."""
         low = rows.amin(dim=-1, keepdim=True).clamp_max_(0).double()  # in double precision, as FBGEMM has it
         high = rows.amax(dim=-1, keepdim=True).clamp_min_(0).double()
         scale = ((high - low) / self._steps).clamp_min_(_TINY).float()
         zero = (-low / scale).round_().float()
-        values = (rows * (1 / scale)).round_().add_(zero).clamp_(0, self._steps)
-        return self._product(values).sub_(zero * self._sums).mul_(scale)
+        return (rows * (1 / scale)).round_().add_(zero).clamp_(0, self._steps), scale, zero
 
     def _product(self, values: torch.Tensor) -> torch.Tensor:
         """Of rows of whole numbers that fit into 8 bits."""

@@ -21,6 +21,7 @@ So a float32 matrix with more outputs than inputs is kept transposed, and all ot
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from torch import nn
 
 from swarm.quantization.kernels import Kernel, Shared
 from swarm.quantization.layers import FixedLinear, Product, install, linears, matrix
+from swarm.quantization.screening import Screened, Take, screens
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -55,6 +57,10 @@ class Transposed(Shared):
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.mm(rows, self._columns) if len(rows) == 1 else _product(rows, self._columns.T)
+
+    def take(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix, [len(outputs), K]."""
+        return self._columns.index_select(1, outputs).T
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -87,13 +93,28 @@ def pack(block: nn.Module) -> None:
 
 
 def pack_head(model: PreTrainedModel) -> None:
-    """Lay out a model's head anew, if that is a plain linear layer and faster so; the embedding stays as it is."""
+    """Lay out a model's head anew, if that is a plain linear layer and faster so; the embedding stays as it is.
+
+    Whoever wants the largest of its scores alone has them screened first (`swarm.quantization.screening`).
+    """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is not nn.Linear or not _gains(head.weight):
         return
-    bias = head.bias if isinstance(head.bias, torch.Tensor) else None
-    product = Product(_kernel([Plain(head.weight.detach())]), [head.out_features], bias, torch.device("cpu"))
+    bias: torch.Tensor | None = head.bias
+    weight = head.weight.detach()
+    kernel = _kernel([Plain(weight)])
+    if bias is None and (take := _rows_of(model, head, kernel)) is not None and screens(weight):
+        kernel = Screened(kernel, weight, take)
+    product = Product(kernel, [head.out_features], bias, torch.device("cpu"))
     model.set_output_embeddings(FixedLinear(product, 0, head.in_features))  # type: ignore[no-untyped-call]
+
+
+def _rows_of(model: PreTrainedModel, head: nn.Linear, kernel: Kernel) -> Take | None:
+    """What gives single rows of the head's matrix: the embedding, where that is the same, or the kernel."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight is head.weight:
+        return functools.partial(torch.index_select, embedding.weight.detach(), 0)
+    return kernel.take if isinstance(kernel, Transposed) else None
 
 
 def _kernel(family: list[Plain]) -> Kernel:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swarm.errors import UsageError
+from swarm.quantization.screening import largest_alone
 from swarm.speculation.drafting import Drafter, LookupDrafter, ModelDrafter
 from swarm.speculation.tuning import LOOKUP, OFF, Speculate, Tuner
 from swarm.swarm_cache import SwarmCache
@@ -53,6 +55,21 @@ class SpeculatingMixin:
         **model_kwargs: Any,
     ) -> Any:
         """transformers' loop of greedy decoding and of sampling, or ours."""
+        with largest_alone() if _is_greedy(logits_processor, generation_config) else nullcontext():
+            return self._decode(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool,
+        streamer: Any,
+        **model_kwargs: Any,
+    ) -> Any:
         given = logits_processor, stopping_criteria, generation_config
         tuner = self._tuner(input_ids, generation_config, model_kwargs)
         if tuner is None or not self.rewindable or self.speculate.mode == OFF:
@@ -113,6 +130,12 @@ class SpeculatingMixin:
             model_kwargs = {**model_kwargs, "attention_mask": torch.ones_like(input_ids)}
         get: Any = self._get_candidate_generator  # type: ignore[attr-defined]
         return get(config, input_ids, inputs, None, model_kwargs, *assistants)
+
+
+def _is_greedy(processors: Any, config: Any) -> bool:
+    """Whether all that is made of a token's scores is that the largest is chosen."""
+    wanted = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    return not (config.do_sample or processors or wanted)
 
 
 def generate(
