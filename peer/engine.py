@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from peer.executor import Executor
+from peer.rhythm import Rhythm
 from peer.scheduler import Budget, Scheduler, Slice, Work
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import Busy, Internal
@@ -51,6 +52,8 @@ class Engine:
         self._clock = clock
         self._scheduler = Scheduler(stage.batches)
         self._budget = Budget()
+        self._rhythm = Rhythm()
+        self._gathering: asyncio.TimerHandle | None = None  # until when a turn waits for more sessions
         self._running = False
         self._waiting = Counter[Hashable]()  # steps of each session that are not yet done
         self._settled: dict[Hashable, list[asyncio.Future[None]]] = {}
@@ -59,8 +62,9 @@ class Engine:
         """Have `work`, whose `what` is a `Job`, run in one of the next turns."""
         self._waiting[work.session] += 1
         self._scheduler.add(work)
+        self._rhythm.came(work.session, work.arrived)
         if not self._running:
-            self._turn()
+            self._begin()
 
     def waiting(self, session: Hashable) -> int:
         """How many steps of a session came and are not yet done."""
@@ -74,6 +78,11 @@ class Engine:
         """Run no more of the session's `unwanted` steps; nobody is told. What runs now goes on to its piece's end."""
         self._done(work.session for work in self._scheduler.cancel(session, unwanted))
 
+    def end(self, session: Hashable) -> None:
+        """The same with all of its steps; and no more will come."""
+        self.cancel(session)
+        self._rhythm.ended(session)
+
     def prioritize(self, session: Hashable, priority: int) -> None:
         """What waits for a session has another priority from now on."""
         self._scheduler.prioritize(session, priority)
@@ -85,8 +94,18 @@ class Engine:
             self._settled.setdefault(session, []).append(future)
             await future
 
+    def _begin(self) -> None:
+        """Schedule, now or when more are here."""
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        since, now = self._scheduler.decodes_since(), self._clock()
+        if since is not None and (seconds := self._rhythm.wait(self._scheduler.sessions, since, now)):
+            self._gathering = asyncio.get_running_loop().call_later(seconds, self._begin)
+        else:
+            self._turn()
+
     def _turn(self) -> None:
-        """Schedule."""
         turn = self._scheduler.turn(self._clock(), self._budget.tokens)
         for work in turn.late:
             job: Job = work.what
@@ -121,13 +140,23 @@ class Engine:
             if isinstance(outcome, Exception):
                 ended += self._scheduler.cancel(piece.work.session, partial(operator.is_, piece.work))
             piece.work.what.receiver.deliver(piece, step, outcome)
-        self._turn()
+        self._told([piece.work for piece, _, _ in ran], seconds)
+        self._begin()
         for piece, step, outcome in ran:
             piece.work.what.receiver.keep(piece, step, outcome)
         self._done(work.session for work in ended)
         self._budget.took(tokens, seconds)
         self.turns += 1
         self.tokens += tokens
+
+    def _told(self, works: list[Work], seconds: float) -> None:
+        """What came of a turn that took so long."""
+        now = self._clock()
+        for work in works:
+            if work.is_short:
+                self._rhythm.left(work.session, now)
+        if all(work.is_short for work in works):
+            self._rhythm.took(seconds)
 
     def _done(self, sessions: Iterable[Hashable]) -> None:
         for session in sessions:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,21 @@ class Scheduler:
         """It waits from now on. A client that comes back does not get what it might have had meanwhile."""
         self._queues.setdefault(work.session, deque()).append(work)
         self._given[work.client] = max(self._given.get(work.client, 0.0), self._now_given)
+
+    @property
+    def sessions(self) -> Collection[Hashable]:
+        """Of which something waits."""
+        return self._queues.keys()
+
+    def decodes_since(self) -> float | None:
+        """When the first came, if what waits could run in one turn with more: short steps that are not of low priority.
+
+        None where there is something else, or nothing.
+        """
+        first = [queue[0] for queue in self._queues.values()]
+        if not self._together or not all(work.is_short and work.priority >= NORMAL for work in first):
+            return None
+        return min((work.since for work in first), default=None)
 
     def cancel(self, session: Hashable, unwanted: Callable[[Work], bool] = lambda _: True) -> list[Work]:
         """Take out the session's `unwanted` work, begun or not; what is running is not here any more."""

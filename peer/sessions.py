@@ -155,7 +155,7 @@ class Sessions:
         """Forget it, and all that waits to be done for it."""
         if (session := self._sessions.pop(key, None)) is not None:
             session.close()
-            self._engine.cancel(key)
+            self._engine.end(key)
             self._executor.submit(lambda: self._stage.close(session.state), _done)
         self._leases.release(key, self._clock())
         self._admission.serve()
