@@ -3,7 +3,8 @@
 A round is one optimizer step of all members together. Read `Coordinator.tick` first; it is the round's life:
 
     COLLECT   Trainers take micro-batches and send them through the stages; members add up gradients and say which
-              micro-batches their sums hold. Who is silent for too long is out, and what it held is lent again.
+              micro-batches their sums hold. Who is silent for too long is out (`swarm.agreement.cohort`), and what it
+              held is lent again.
     CLOSE     Every micro-batch is counted in every stage. Members are told to count no more and say once more what
               they hold. If a micro-batch is in two sums of a stage, one of these is forgotten, and back to COLLECT.
     AVERAGE   The members of each stage average their sums (`peer.averaging`) and report a digest of what they hold.
@@ -27,17 +28,13 @@ stage has nobody left who holds its state, that is decided too: all leave, and b
 from __future__ import annotations
 
 import enum
-from collections import Counter
 from collections.abc import Iterable, Sequence
-
-from msgspec import structs
 
 from swarm.agreement.assignments import Assignments, Plan
 from swarm.agreement.census import Census
+from swarm.agreement.cohort import Cohort
 from swarm.agreement.judgement import Verdict, accused, doubly_counted, judge
 from swarm.agreement.messages import (
-    MAX_MEMBERS,
-    MAX_TRAINERS,
     Agree,
     Agreed,
     Chosen,
@@ -52,20 +49,15 @@ from swarm.agreement.messages import (
     Take,
     Work,
 )
-from swarm.agreement.roster import first, is_quorum, members, seats_of, voters
+from swarm.agreement.roster import is_quorum, members, voters
 from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 from swarm.wire import Message
 
 BEAT = 0.25  # seconds between two signs of life
-SILENCE = 2.0  # seconds after which a peer counts as lost
-UNREADY = 10.0  # seconds that a member may take for the last round's step
-GIVE_UP = 30.0  # seconds without a coordinator, a majority or a stage's state, after which all look for a new beginning
 LONGEST_ATTEMPT = 60.0  # seconds; members notice earlier that nothing moves, this is for those who do not tell
 SECOND_OPINION = 0.3  # seconds between the first word that an attempt failed and the verdict who is to blame
-SILENT = "is silent"
 STRIKES = 2  # failed attempts before somebody who is alive is out for it
-DOUBLES = 2  # sums of a member that have to be forgotten because of others' before it is out
 
 
 class Phase(enum.IntEnum):
@@ -110,24 +102,17 @@ class Coordinator:
         self.assignments = Assignments(plan, lent)
         self.ahead = Assignments(plan, None if term else ())  # of the next round
         self.census = Census(plan, previous.roster, self.assignments, self.ahead)
-        self.avoidance = avoidance or Avoidance()
-        self.differing: set[PeerId] = set()  # those of them whose parameters are not their replicas'
+        self.cohort = Cohort(me, previous.roster, self.census, avoidance or Avoidance(), now)
         self.chosen: Decision | None = None
         self.deposed = False
         self.outbox: list[tuple[PeerId, Message]] = []
-        self._trainers = {PeerId(peer) for peer in previous.roster.trainers}
-        self._joins: dict[PeerId, Join] = {}
         self._takes: dict[PeerId, Take] = {}
-        self._heard = dict.fromkeys([*self.census.order, *self._trainers], now)
-        self._doubles: Counter[PeerId] = Counter()  # how often each one's sum had to be forgotten
         self._shares: list[Share] = []
         self._strikes = 0
         self._failed_at: float | None = None  # when the first word of it came
         self._begun = now
-        self._whole = now  # when every stage had somebody who holds its state
         self._entered = now  # the phase
         self._told = now
-        self._seen = now
         self._decision = decision
         self._votes: set[PeerId] = set()
         if decision is not None:
@@ -141,15 +126,14 @@ class Coordinator:
         if isinstance(message, Agree):
             self._votes.add(sender) if message.term == self.term else None
         elif isinstance(message, Join):
-            self._joins[sender] = message
-            self._trainers |= {sender} if message.stage is None else set()
+            self.cohort.join(sender, message)
         elif message.term > self.term:
             self.deposed = True
         elif isinstance(message, Status):
             self._hear_status(sender, message, now)
         else:
             self._hear_take(sender, message, now)
-        self._heard[sender] = now
+        self.cohort.heard[sender] = now
         self.tick(now)
 
     def _hear_status(self, sender: PeerId, status: Status, now: float) -> None:
@@ -157,21 +141,18 @@ class Coordinator:
         if before is not None and status.number <= before.number:
             return
         self.census.statuses[sender] = status
-        if self.census.false_claims(status) and self._drop(sender, "claims micro-batches that nobody was lent"):
-            self.avoidance.failed(sender, now)
+        claims = self.census.false_claims(status)
+        if claims and self.cohort.expel(sender, "claims micro-batches that nobody was lent", now):
             return
-        avoided = self.avoidance.avoided(now) | self.differing
-        forgiven = sender in self.census.out and sender not in avoided
-        if forgiven and status.ready and self.phase is Phase.COLLECT:
-            del self.census.out[sender]  # it is back; what it held is lent to others by now
-            self.census.void[sender] = status.sums
+        if status.ready and self.phase is Phase.COLLECT:
+            self.cohort.readmit(sender, now)
 
     def _hear_take(self, sender: PeerId, take: Take, now: float) -> None:
         before = self._takes.get(sender)
         if before is not None and take.number < before.number:
             return
         self._takes[sender] = take
-        self._trainers.add(sender)
+        self.cohort.trainers.add(sender)
         self.assignments.hear(sender, take.seen, take.holding, now)
         self.ahead.hear(sender, take.ahead_seen, take.ahead, now)
         want = take.want if self._gathered(now) else 0
@@ -187,7 +168,7 @@ class Coordinator:
             return True
         return (
             self.term == 0
-            and {*self.census.living(), *self._trainers} <= self.census.statuses.keys() | self._takes.keys()
+            and {*self.census.living(), *self.cohort.trainers} <= self.census.statuses.keys() | self._takes.keys()
         )
 
     # --- the round's life --------------------------------------------------------------------------------------------
@@ -196,7 +177,10 @@ class Coordinator:
         """Go on as far as what was heard allows."""
         if self.deposed or self.chosen is not None:
             return
-        self._notice_silence(now)
+        for trainer in self.cohort.drop_silent(now):
+            self.assignments.forget(trainer)
+        if self.phase is Phase.COLLECT:
+            self.cohort.drop_unready(now)
         self.ahead.count(self.census.complete(ahead=True), now)
         if self.phase is Phase.COLLECT:
             self._collect(now)
@@ -204,15 +188,15 @@ class Coordinator:
             self._close(now)
         if self.phase is Phase.AVERAGE:
             self._average(now)
-        if self.phase is not Phase.DECIDE and self._is_lost(now):
-            self._propose(self._lost(), now)
+        if self.phase is not Phase.DECIDE and self.cohort.is_lost(now):
+            self._propose(self._ending("lost", self.cohort.survivors()), now)
         if self.phase is Phase.DECIDE:
             self._decide()
         if self.chosen is None and now - self._told >= BEAT:
             self._order_all(now)
 
     def _collect(self, now: float) -> None:
-        self._heal_differing()
+        self.cohort.drop_differing()
         complete = self.census.complete()
         self.assignments.count(complete, now)
         known = all(self.census.is_known(peer) for peer in self.census.living())
@@ -229,19 +213,12 @@ class Coordinator:
         for stage in range(self.plan.stages):
             counted = {peer: self.census.counted(peer) for peer in self.census.living(stage)}
             for peer in doubly_counted(counted, self.census.order):
-                self._void(peer, now)
+                self.cohort.void(peer, now)
         if len(self.census.complete()) < self.plan.count:
             self._enter(Phase.COLLECT, now)
             return
         self._shares = [self.census.share(peer) for peer in self.census.living()]
         self._enter(Phase.AVERAGE, now)
-
-    def _void(self, peer: PeerId, now: float) -> None:
-        """Another has counted some of what a member has; who comes with it again and again has not."""
-        self.census.void[peer] = self.census.statuses[peer].sums
-        self._doubles[peer] += 1
-        if self._doubles[peer] >= DOUBLES and self._drop(peer, "claims what its replicas have counted"):
-            self.avoidance.failed(peer, now)
 
     def _average(self, now: float) -> None:
         if any(share.peer in self.census.out for share in self._shares):
@@ -261,7 +238,7 @@ class Coordinator:
         elif now - self._entered > LONGEST_ATTEMPT:
             for share in self._shares:
                 if share.peer not in reports:
-                    self._drop(PeerId(share.peer), "did not come to an end with averaging")
+                    self.cohort.drop(PeerId(share.peer), "did not come to an end with averaging")
             self._discard(now)
 
     def proposing(self, now: float) -> float:
@@ -272,7 +249,7 @@ class Coordinator:
         assert self._decision is not None
         if is_quorum(self.previous.roster, self._votes):
             self.chosen = self._decision
-            told = {*self._heard, *members(self.chosen.roster)}
+            told = {*self.cohort.heard, *members(self.chosen.roster)}
             for peer in sorted(told):
                 self._send(peer, Chosen(self.chosen))
 
@@ -286,20 +263,13 @@ class Coordinator:
         else:
             clip = self.plan.clip
             factor = min(1.0, clip / verdict.norm) if clip and verdict.norm else 1.0
-            roster = self._next_roster(now)
+            roster = self.cohort.next_roster(self.round, now)
             self._propose(self._ending("commit", roster, factor, verdict.norm, verdict.agreed), now)
 
     def _skip(self, now: float) -> Decision:
         skipped = self.previous.skipped + 1
         outcome = "stop" if skipped >= self.plan.longest_skipping else "skip"
-        return self._ending(outcome, self._next_roster(now), skipped=skipped)
-
-    def _lost(self) -> Decision:
-        """The roster tells who still holds the state."""
-        holding = [peer for peer in self.census.living() if self.census.is_ready(peer)] or [self.me]
-        seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in holding]
-        roster = structs.replace(self.previous.roster, coordinator=self.me, members=seats)
-        return self._ending("lost", roster)
+        return self._ending(outcome, self.cohort.next_roster(self.round, now), skipped=skipped)
 
     def _ending(
         self,
@@ -320,10 +290,8 @@ class Coordinator:
             if (self.plan.scaled or 2 * len(sharing & blamed.keys()) > len(sharing)) and sharing & blamed.keys():
                 self._propose(self._skip(now), now)
                 return
-        dropped = {peer for peer, why in blamed.items() if self._drop(peer, why)}
-        for peer in dropped:
-            self.avoidance.failed(peer, now)
-        if dropped:
+        expelled = [peer for peer, why in blamed.items() if self.cohort.expel(peer, why, now)]
+        if expelled:
             self._discard(now)
         else:
             self._propose(self._skip(now), now)
@@ -332,7 +300,7 @@ class Coordinator:
         self._strikes += 1
         peer = accused(reports, self.census.order)
         if peer is not None and self._strikes >= STRIKES:
-            self._drop(peer, "was late or lost in the middle of averaging")
+            self.cohort.drop(peer, "was late or lost in the middle of averaging")
             self._strikes = 0
         self._discard(now)
 
@@ -351,59 +319,6 @@ class Coordinator:
         self._entered = now
         self._failed_at = None
         self._order_all(now)
-
-    # --- who takes part ----------------------------------------------------------------------------------------------
-
-    def _notice_silence(self, now: float) -> None:
-        gap, self._seen = now - self._seen, now
-        if gap > SILENCE / 2:  # it was us who slept: others are not to blame for it
-            self._heard = {peer: heard + gap for peer, heard in self._heard.items()}
-            self._whole += gap
-        for peer, heard in list(self._heard.items()):
-            if peer != self.me and now - heard > SILENCE:
-                self._lose(peer)
-        if now - self._begun > UNREADY and self.phase is Phase.COLLECT:
-            for peer in self.census.living():
-                if not self.census.is_known(peer) and peer != self.me:
-                    self._drop(peer, "did not come to this round")
-
-    def _lose(self, peer: PeerId) -> None:
-        del self._heard[peer]
-        self._joins.pop(peer, None)
-        if peer in self.census.stages:
-            self._drop(peer, SILENT)
-        elif peer in self._trainers:
-            self._trainers.discard(peer)
-            self.assignments.forget(peer)
-
-    def _drop(self, peer: PeerId, why: str) -> bool:
-        """Go on without a member, unless it is the last of its stage that can be heard; whether it is out now."""
-        if why != SILENT and self.census.living(self.census.stages[peer]) == [peer]:
-            return False
-        self.census.out.setdefault(peer, why)
-        return True
-
-    def _is_lost(self, now: float) -> bool:
-        """Whether a stage has been without anybody who holds its state for so long that nobody will come."""
-        if self.census.is_whole():
-            self._whole = now
-        return now - self._whole > GIVE_UP
-
-    def _heal_differing(self) -> None:
-        for peer in self.census.differing():
-            self._drop(peer, "holds other parameters than its replicas")
-            self.differing.add(peer)
-
-    def _next_roster(self, now: float) -> Roster:
-        living, avoided = set(self.census.living()), self.avoidance.avoided(now)
-        seats = [seat for seat in self.previous.roster.members if seat.endpoint.peer in living]
-        for peer, join in self._joins.items():
-            welcome = peer not in living and peer not in avoided and join.round == self.round
-            if welcome and len(seats) < MAX_MEMBERS and self.census.admits(join):
-                seats += seats_of([join])
-        next_ = self.me if self.me in living else first(seats)
-        trainers = list[str](sorted(self._trainers, key=lambda peer: (peer not in self.previous.roster.trainers, peer)))
-        return Roster(self.plan.run, self.previous.roster.line, next_, seats, trainers[:MAX_TRAINERS])
 
     # --- what goes out -----------------------------------------------------------------------------------------------
 
@@ -425,7 +340,7 @@ class Coordinator:
     def _order_all(self, now: float) -> None:
         self._told = now
         order = self.order()
-        for peer in sorted({*self._heard, *self.census.order}):
+        for peer in sorted({*self.cohort.heard, *self.census.order}):
             self._send(peer, order)
         if self.phase is Phase.DECIDE and self._decision is not None:
             proposal = Propose(order.line, self.round, self.term, self._decision)

@@ -68,7 +68,7 @@ def test_the_largest_messages_of_a_full_run_fit_on_the_wire(stages: int) -> None
 
 
 def test_who_comes_to_a_full_run_waits_until_somebody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("swarm.rounds", "swarm.agreement.member"):
+    for module in ("swarm.agreement.cohort", "swarm.agreement.member"):
         monkeypatch.setattr(f"{module}.MAX_MEMBERS", 2)
     run = Run(0, 1, 2, 1)
     first, _ = run.members

@@ -10,7 +10,8 @@ import pytest
 from faults import chosen
 from rounds_simulator import Part, Peer, Reference, Run, SimulatedMember
 
-from swarm.rounds import GIVE_UP, Phase
+from swarm.agreement.cohort import GIVE_UP
+from swarm.rounds import Phase
 
 SHAPES = ((1, 2, 1), (1, 3, 2), (2, 2, 1), (2, 2, 2), (2, 3, 2))  # stages, replicas, trainers
 ROUNDS = 6

@@ -11,8 +11,8 @@ from runs import reference_curve, run_text, small_run
 from training_swarm import TrainingSwarm, samples_of_rounds, train, training_swarm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import swarm.agreement.member as rounds_of_member
-import swarm.rounds as rounds_of_coordinator
+from swarm.agreement import cohort
+from swarm.agreement import member as rounds_of_member
 from swarm.chain import Terms
 from swarm.console.conversation import Conversation
 from swarm.errors import ModelDiverged, UsageError
@@ -125,7 +125,7 @@ async def test_a_stage_whose_peers_all_died_is_gone_on_with_from_its_checkpoint(
     stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those who are left, and saved what they held then, go back to it."""
-    for module in (rounds_of_coordinator, rounds_of_member):
+    for module in (cohort, rounds_of_member):
         monkeypatch.setattr(module, "GIVE_UP", 3.0)
     run = small_run(TWO, rounds=12, more="\n[checkpoint]\nevery = 3\n")
     wanted = expected(run, 12)

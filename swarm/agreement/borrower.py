@@ -6,9 +6,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from swarm.agreement.assignments import Plan
+from swarm.agreement.cohort import SILENCE
 from swarm.agreement.messages import Join, Lent, Take, Work
 from swarm.agreement.participant import Participant
-from swarm.rounds import BEAT, SILENCE
+from swarm.rounds import BEAT
 from swarm.types import PeerId
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 from swarm.agreement.assignments import Plan, to_bits
+from swarm.agreement.cohort import GIVE_UP, SILENCE
 from swarm.agreement.effects import Abandon, Apply, Average, Effect, Fetch, Restore, Settled, Void
 from swarm.agreement.judgement import digest_of
 from swarm.agreement.messages import (
@@ -29,7 +30,7 @@ from swarm.agreement.messages import (
 from swarm.agreement.participant import Participant
 from swarm.agreement.roster import first, members, seats_of, stages
 from swarm.errors import NotReady, StaleRound
-from swarm.rounds import GIVE_UP, SILENCE, Phase
+from swarm.rounds import Phase
 from swarm.types import PeerId
 from swarm.wire import Endpoint
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from swarm.agreement.assignments import Plan
+from swarm.agreement.cohort import SILENCE
 from swarm.agreement.messages import (
     Accepted,
     Agree,
@@ -26,7 +27,7 @@ from swarm.agreement.messages import (
     Take,
 )
 from swarm.agreement.roster import everyone, is_quorum, members, outranks, voters
-from swarm.rounds import BEAT, SILENCE, Coordinator, Phase
+from swarm.rounds import BEAT, Coordinator, Phase
 from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 from swarm.wire import Message
