@@ -63,7 +63,12 @@ class Cohort:
     # --- who is left out ---------------------------------------------------------------------------------------------
 
     def drop(self, peer: PeerId, why: str) -> bool:
-        """Go on without a member, unless it is the last of its stage that can be heard; whether it is out now."""
+        """Go on without a member, unless it is the last of its stage that can be heard; whether it is out now.
+
+        Whoever is no member, as others may claim or it may think itself, is nobody to go on without.
+        """
+        if peer not in self._census.stages:
+            return False
         if why != SILENT and self._census.living(self._census.stages[peer]) == [peer]:
             return False
         self._census.out.setdefault(peer, why)
