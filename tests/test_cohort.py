@@ -9,8 +9,8 @@ from swarm.agreement.census import Census
 from swarm.agreement.cohort import DOUBLES, GIVE_UP, SILENCE, SILENT, Cohort
 from swarm.agreement.messages import Decision, Join, Roster, Seat, Status
 from swarm.agreement.roster import members
-from swarm.routes.avoidance import Avoidance
 from swarm.rounds import Coordinator
+from swarm.routes.avoidance import Avoidance
 from swarm.types import PeerId
 from swarm.wire import Endpoint
 
@@ -112,7 +112,7 @@ def test_the_next_round_has_newcomers_who_hold_its_state_and_nobody_who_is_avoid
         world.cohort.join(PeerId(name), join)
     world.cohort.join(PeerId("u"), Join(b"r" * 16, None, None, [], 4, b""))
     found = world.cohort.next_roster(4, 1.0)
-    assert members(found) == [A, C, "new"]
+    assert members(found) == [A, "new", C]
     assert found.trainers == [TRAINER, "u"]
 
 
