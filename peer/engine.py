@@ -66,6 +66,10 @@ class Engine:
         if not self._running:
             self._begin()
 
+    def last(self, session: Hashable) -> Work | None:
+        """What came last for a session, if all of it still waits: it may be made to take in more."""
+        return self._scheduler.last(session)
+
     def waiting(self, session: Hashable) -> int:
         """How many steps of a session came and are not yet done."""
         return self._waiting[session]

@@ -123,6 +123,11 @@ class Scheduler:
         self._queues.setdefault(work.session, deque()).append(work)
         self._given[work.client] = max(self._given.get(work.client, 0.0), self._now_given)
 
+    def last(self, session: Hashable) -> Work | None:
+        """What waits for a session and came last, unless some of it was given out."""
+        queue = self._queues.get(session)
+        return queue[-1] if queue and not queue[-1].done else None
+
     @property
     def sessions(self) -> Collection[Hashable]:
         """Of which something waits."""
@@ -223,24 +228,24 @@ def _fitting(work: Work, left: int, alone: bool) -> int:
 class Budget:
     """How many tokens a turn takes, going by how long turns took: long enough for the products, short enough to wait.
 
-    Cf. the profile-driven token budget of Sarathi-Serve.
+    What a token costs depends on how many there are, as the weights are read once for all of them: so nothing is
+    divided by their number, but the budget is raised or lowered until a turn that uses it takes the time that one is to
+    take. Cf. the profile-driven token budget of Sarathi-Serve.
     """
 
     def __init__(self, seconds: float = TURN_SECONDS) -> None:
         self._seconds = seconds
-        self._per_token: float | None = None  # seconds, in long turns
+        self._tokens: float | None = None
 
     @property
     def tokens(self) -> int:
         """Of a turn now."""
-        if self._per_token is None:
-            return FIRST_BUDGET
-        least, most = BUDGETS
-        return round(min(max(self._seconds / self._per_token, least), most))
+        return FIRST_BUDGET if self._tokens is None else round(self._tokens)
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A turn of so many tokens took so long. Short ones tell nothing: they take what reading the weights takes."""
-        if tokens < PIECE:
+        """A turn of so many tokens took so long. One that used little of the budget tells nothing of it."""
+        if 2 * tokens < self.tokens:
             return
-        each = max(seconds, 1e-9) / tokens
-        self._per_token = each if self._per_token is None else 0.7 * self._per_token + 0.3 * each
+        least, most = BUDGETS
+        change = math.sqrt(self._seconds / max(seconds, 1e-9))  # the root: one turn alone may have been held up
+        self._tokens = min(max(self.tokens * min(max(change, 0.5), 2.0), least), most)

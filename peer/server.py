@@ -15,7 +15,7 @@ from peer.executor import Executor
 from peer.load import Load
 from peer.outlet import Failed
 from peer.scheduler import Slice, Work
-from peer.served import ServedSession, step_input, unheard
+from peer.served import REPLAY_POSITIONS, ServedSession, step_input, unheard
 from peer.sessions import Sessions
 from peer.stage import Stage, StepInput
 from swarm import wire
@@ -148,15 +148,18 @@ class Server:
         if not self._engine.waiting(session.key) and (kept := session.kept_output(message)) is not None:
             session.pass_on(message, step, kept, message.more, self._teller(session, message))
             return
-        rows, count, _ = message.hidden.shape
         now = self._clock()
+        receipt = Receipt(self, session, link, message, now, not len(self._engine))
+        if self._joined(receipt, step):
+            return
+        rows, count, _ = message.hidden.shape
         work = Work(
             session=session.key,
             client=session.client.peer,
             rows=rows,
             count=count,
             arrived=now,
-            what=Job(session.state, step, Receipt(self, session, link, message, now, not len(self._engine))),
+            what=Job(session.state, step, receipt),
             group=session.state.model.span,
             priority=session.priority,
             deadline=now + self._leases.duration,
@@ -167,6 +170,23 @@ class Server:
                 self._rpc.spawn(self._return(session))
         else:
             self._engine.add(work)
+
+    def _joined(self, receipt: Receipt, step: StepInput) -> bool:
+        """Whether a step that comes late was put to the one that waits before it.
+
+        A spare is told what is new a few times a second; where it cannot follow, each time would take a turn.
+        """
+        message, work = receipt.message, self._engine.last(receipt.session.key)
+        if work is None or not message.replay:
+            return False
+        job: Job = work.what
+        before: wire.Step = job.receiver.message  # type: ignore[attr-defined]
+        alike = (before.replay, before.epoch, before.more) == (message.replay, message.epoch, False)
+        room = work.count + message.hidden.shape[1] <= REPLAY_POSITIONS and not message.more
+        if not alike or not room or (both := job.step.joined(step)) is None:
+            return False
+        job.step, job.receiver, work.count = both, receipt, both.hidden.shape[1]
+        return True
 
     async def _return(self, session: ServedSession) -> None:
         """Have what the session holds come back to the pool, in its turn, and run the steps that wait for it."""

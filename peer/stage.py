@@ -49,6 +49,17 @@ class StepInput:
     def _base(self) -> int:
         return self.number - 1 if self.since is None else self.since
 
+    def joined(self, after: StepInput) -> StepInput | None:
+        """Both in one; None unless `after` builds on this one, goes on where it ends, and is like it."""
+        follows = after.since == self.number and after.position == self.position + self.hidden.shape[1]
+        parts = [(self.hidden, after.hidden), (self.position_ids, after.position_ids), (self.mask, after.mask)]
+        alike = all((a is None) == (b is None) for a, b in parts) and len(self.hidden) == len(after.hidden)
+        if not follows or not alike or after.rows is not None:
+            return None
+        hidden, ids, mask = (None if a is None or b is None else torch.cat([a, b], 1) for a, b in parts)
+        assert hidden is not None
+        return StepInput(after.number, self.position, hidden, self.rows, ids, mask, self.since)
+
     def piece(self, start: int, end: int) -> StepInput:
         """Its positions `start` to `end`, counted from its own first."""
         if (start, end) == (0, self.hidden.shape[1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -191,20 +192,28 @@ def test_every_position_is_run_once_and_in_order(steps: list[tuple[int, int]], b
     assert run == {session: list(range(count)) for session, (count, _) in enumerate(steps)}
 
 
-def test_the_budget_follows_what_turns_take() -> None:
-    budget = Budget(0.1)
+@pytest.mark.parametrize(
+    ("fixed", "each"), [(0.0, 1e-3), (0.05, 1e-3), (0.06, 5e-4), (0.0, 1e-5), (0.0, 0.1), (0.2, 1e-6)]
+)
+def test_the_budget_is_what_a_turn_can_do_in_its_time(fixed: float, each: float) -> None:
+    """However much of a turn is the same for any number of tokens; and pieces have a multiple of some length."""
+    budget, least, most = Budget(0.1), *BUDGETS
     assert budget.tokens == FIRST_BUDGET
-    budget.took(1, 0.05)
-    assert budget.tokens == FIRST_BUDGET  # a decode tells nothing
-    for _ in range(50):
-        budget.took(100, 0.05)
-    assert budget.tokens == 200
-    for _ in range(50):
-        budget.took(100, 5.0)
-    assert budget.tokens == BUDGETS[0]
-    for _ in range(50):
-        budget.took(4096, 1e-3)
-    assert budget.tokens == BUDGETS[1]
+    for _ in range(60):
+        tokens = budget.tokens - budget.tokens % PIECE
+        budget.took(tokens, fixed + each * tokens)
+    assert min(max((0.1 - fixed) / each, least), most) == pytest.approx(budget.tokens, abs=PIECE)
+
+
+def test_short_turns_tell_nothing_of_the_budget_and_a_single_slow_one_little() -> None:
+    budget = Budget(0.1)
+    budget.took(1, 5.0)
+    budget.took(FIRST_BUDGET // 2 - 1, 5.0)
+    assert budget.tokens == FIRST_BUDGET
+    budget.took(FIRST_BUDGET, 5.0)
+    assert budget.tokens == FIRST_BUDGET // 2
+    budget.took(FIRST_BUDGET // 2, 0.025)
+    assert budget.tokens == FIRST_BUDGET
 
 
 def test_clients_that_are_done_are_forgotten_where_it_is_never_quiet() -> None:

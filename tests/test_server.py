@@ -267,6 +267,27 @@ async def test_steps_of_many_sessions_run_in_one_turn(swarm: Swarm) -> None:
         torch.testing.assert_close(output, expected[number])
 
 
+async def test_what_a_spare_was_told_late_and_waits_runs_in_one_turn(swarm: Swarm) -> None:
+    """One after another they would take a turn each, and a spare that is behind would never catch up."""
+    peer, client, session, hidden = await swarm.peer(capacity=256), swarm.client(), key(), states(12)
+    gate, other = threading.Event(), key()
+    await client.open(peer, session)
+    await client.open(peer, other)
+    before = peer.server.turns
+    peer.executor.submit(gate.wait, lambda result, error: None)
+    await client.send(peer, other, states(1), 1, 0)  # takes the turn that has begun
+    for since, number, start, end in ((0, 5, 0, 5), (5, 7, 5, 7), (7, 8, 7, 8), (8, 9, 6, 9), (9, 11, 9, 11)):
+        await client.send(peer, session, hidden[:, start:end], number, start, replay=1, since=since)
+    await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)  # all have come by now
+    gate.set()
+    await client.answer()
+    output = await client.step(peer, session, hidden[:, 11:], 12, 11)
+    torch.testing.assert_close(output, swarm.expected(hidden)[:, 11:])
+    assert (
+        peer.server.turns == before + 4
+    )  # the other's, up to where one takes two positions back, from there, the last
+
+
 async def test_a_step_sent_twice_counts_once(swarm: Swarm) -> None:
     peer, client, session, hidden = await swarm.peer(), swarm.client(), key(), states(6)
     await client.open(peer, session)
