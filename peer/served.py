@@ -231,7 +231,7 @@ class ServedSession:
                 piece.rows,
                 piece.position_ids,
                 piece.mask,
-                since=spare.mark.number,
+                since=piece.since,
             )
             header, body = step_message(self.key, self.epoch, self._end, 0, step, self.rounding, spare.hops)
             spare.outlet.send(header, body, failed)

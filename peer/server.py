@@ -181,8 +181,8 @@ class Server:
             return False
         job: Job = work.what
         before: wire.Step = job.receiver.message  # type: ignore[attr-defined]
-        alike = (before.replay, before.epoch, before.more) == (message.replay, message.epoch, False)
-        room = work.count + message.hidden.shape[1] <= REPLAY_POSITIONS and not message.more
+        alike = before.replay == message.replay and not before.more and not message.more
+        room = work.count + message.hidden.shape[1] <= REPLAY_POSITIONS
         if not alike or not room or (both := job.step.joined(step)) is None:
             return False
         job.step, job.receiver, work.count = both, receipt, both.hidden.shape[1]

@@ -277,15 +277,15 @@ async def test_what_a_spare_was_told_late_and_waits_runs_in_one_turn(swarm: Swar
     peer.executor.submit(gate.wait, lambda result, error: None)
     await client.send(peer, other, states(1), 1, 0)  # takes the turn that has begun
     for since, number, start, end in ((0, 5, 0, 5), (5, 7, 5, 7), (7, 8, 7, 8), (8, 9, 6, 9), (9, 11, 9, 11)):
-        await client.send(peer, session, hidden[:, start:end], number, start, replay=1, since=since)
+        await client.send(peer, session, hidden[:, start:end], number, start, replay=1, since=since, epoch=number)
     await (await client.link(peer)).call(wire.Echo(), timeout=WAIT)  # all have come by now
     gate.set()
     await client.answer()
-    output = await client.step(peer, session, hidden[:, 11:], 12, 11)
+    output = await client.step(peer, session, hidden[:, 11:], 12, 11, epoch=12)
     torch.testing.assert_close(output, swarm.expected(hidden)[:, 11:])
     assert (
         peer.server.turns == before + 4
-    )  # the other's, up to where one takes two positions back, from there, the last
+    )  # the other's, up to where two positions are taken back, from there, the last
 
 
 async def test_a_step_sent_twice_counts_once(swarm: Swarm) -> None:

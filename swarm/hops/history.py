@@ -34,6 +34,7 @@ class Piece:
     mask: torch.Tensor | None = None  # [B, N]
     rows: list[int] | None = None  # [B], which rows of the step it builds on its rows continue; None for the same
     index: torch.Tensor | None = None  # [B'], which of `hidden`'s rows are now which; None while nobody moved them
+    since: int = 0  # the step that it builds on, where it is sent again
 
     @property
     def end(self) -> int:
@@ -110,16 +111,18 @@ class History:
         """What brings a peer from `mark` to position `end`, in pieces of `most` at most: to be sent as `self.number`.
 
         Steps in which each position came alone are put together: a replay runs at the speed of a prefill. What lies
-        before them stays; where rows have moved since, the first piece says how.
+        before them stays; where rows have moved since, the first piece says how. It builds on the step at `mark`, and
+        each of the others on the one before it, which has the same number.
         """
         start, rows = self._kept_since(mark.number)
         start = min(start, mark.length, end)
         if start == end and mark.number != self.number:
             start = max(0, start - 1)  # there is nothing new but the number
         moved = rows.tolist() if rows is not None and start else None
+        since = mark.number
         for piece in self.pieces(start, end, most):
-            yield replace(piece, rows=moved)
-            moved = None
+            yield replace(piece, rows=moved, since=since)
+            moved, since = None, self.number
 
     def _kept_since(self, number: int) -> tuple[int, torch.Tensor | None]:
         """How many positions of step `number` are still content, and which of its rows are now which."""

@@ -315,14 +315,12 @@ class LiveRoute:
             return
         number = history.number
         for piece in list(history.update(mark, position, REPLAY_POSITIONS)):
-            await self.send(through[0], number, piece, replay=len(through), since=mark.number)
+            await self.send(through[0], number, piece, replay=len(through))
 
-    async def send(
-        self, first: Place, number: int, piece: Piece, keep: int = 0, replay: int = 0, since: int = 0
-    ) -> None:
+    async def send(self, first: Place, number: int, piece: Piece, keep: int = 0, replay: int = 0) -> None:
         """Send a step to the peer at a place. Raises `Unreachable` or `DeadlineExceeded`."""
         block, rounding = first.hop.span.start, self.sending or "float32"
-        header = step_header(self.key, self.epoch, number, block, piece, rounding, keep, replay, since)
+        header = step_header(self.key, self.epoch, number, block, piece, rounding, keep, replay)
         await first.send(header, piece, self.pace.patience(piece.hidden.shape[0] * piece.hidden.shape[1]))
 
     # --- living and ending -----------------------------------------------------------------------------------------

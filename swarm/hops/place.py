@@ -121,7 +121,6 @@ def step_header(
     rounding: Rounding,
     keep: int = 0,
     replay: int = 0,
-    since: int = 0,
 ) -> wire.Step:
     """What is said of a step beside its tensors, of which the hidden states are sent rounded so."""
     ids, mask = piece.position_ids, piece.mask
@@ -136,6 +135,6 @@ def step_header(
         None if ids is None else tensors.spec_of(ids),
         None if mask is None else tensors.spec_of(mask),
         replay,
-        since=since,
+        since=piece.since,
         block=block,
     )

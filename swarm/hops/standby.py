@@ -109,12 +109,12 @@ class Standby:
         self._feeding = None
         for spare in list(self._live.places[0].spares) if self._live.places else []:
             first, history = spare[0], self._history
-            number, since = history.number, first.told.number
+            number = history.number
             pieces = list(history.update(first.told, history.length, REPLAY_POSITIONS))
             first.told = history.mark
             try:
                 for piece in pieces:
-                    await self._live.send(first, number, piece, replay=len(spare), since=since)
+                    await self._live.send(first, number, piece, replay=len(spare))
             except RemoteError:
                 self._live.drop_spare(first.peer)
 
