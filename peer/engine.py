@@ -15,7 +15,7 @@ import torch
 
 from peer.executor import Executor
 from peer.rhythm import Rhythm
-from peer.scheduler import Budget, Scheduler, Slice, Work
+from peer.scheduler import NORMAL, Budget, Scheduler, Slice, Work
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import Busy, Internal
 
@@ -110,7 +110,8 @@ class Engine:
             self._turn()
 
     def _turn(self) -> None:
-        turn = self._scheduler.turn(self._clock(), self._budget.tokens)
+        now = self._clock()
+        turn = self._scheduler.turn(now, self._budget.tokens, self._rhythm.expects(now))
         for work in turn.late:
             job: Job = work.what
             job.receiver.deliver(Slice(work, work.done, work.count), job.step, Busy("the step waited too long"))
@@ -157,7 +158,7 @@ class Engine:
         """What came of a turn that took so long."""
         now = self._clock()
         for work in works:
-            if work.is_short:
+            if work.is_short and work.priority >= NORMAL:
                 self._rhythm.left(work.session, now)
         if all(work.is_short for work in works):
             self._rhythm.took(seconds)

@@ -27,16 +27,20 @@ class Rhythm:
         self._turn: float | None = None
         self._away: dict[Hashable, float] = {}  # for how long, as a rule
         self._left: dict[Hashable, float] = {}  # when, of those who are away
+        self._here: set[Hashable] = set()
 
     def came(self, session: Hashable, now: float) -> None:
         """A step of the session is here."""
+        self._here.add(session)
         left = self._left.pop(session, None)
         if left is not None and (seen := now - left) <= LONGEST:
             self._away[session] = _smoothed(self._away.get(session), seen)
 
     def left(self, session: Hashable, now: float) -> None:
-        """What came of its step was told."""
-        self._left[session] = now
+        """What came of its step was told; it may have ended meanwhile."""
+        if session in self._here:
+            self._here.remove(session)
+            self._left[session] = now
 
     def took(self, seconds: float) -> None:
         """A turn of short steps."""
@@ -44,8 +48,14 @@ class Rhythm:
 
     def ended(self, session: Hashable) -> None:
         """It does not come any more."""
+        self._here.discard(session)
         self._left.pop(session, None)
         self._away.pop(session, None)
+
+    def expects(self, now: float) -> bool:
+        """Whether somebody is away who should come back soon."""
+        self._forget_late(now)
+        return any(session in self._away for session in self._left)
 
     def wait(self, here: Collection[Hashable], since: float, now: float) -> float:
         """Seconds that the next turn may wait for more than are `here`, the first of them `since` then; 0 to begin."""
@@ -65,7 +75,8 @@ class Rhythm:
     def _forget_late(self, now: float) -> None:
         for session, left in list(self._left.items()):
             if now - left > _LATE * self._away.get(session, LONGEST / _LATE):
-                self.ended(session)
+                del self._left[session]
+                self._away.pop(session, None)
 
     def __repr__(self) -> str:
         return f"<Rhythm turn={self._turn} away={len(self._left)}>"

@@ -25,6 +25,7 @@ def rhythm(sessions: int, away: float, turn: float = TURN) -> Rhythm:
     found = Rhythm()
     found.took(turn)
     for session in range(sessions):
+        found.came(session, -away)
         found.left(session, -away)
         found.came(session, 0.0)
         found.left(session, 0.0)
@@ -76,6 +77,23 @@ def test_whoever_is_late_or_has_ended_is_not_waited_for() -> None:
     comes(found, 0, now=0.01)
     assert found.wait([0], 0.019, 0.019) > 0
     assert found.wait([0], 0.021, 0.021) == 0.0
+
+
+def test_what_ends_while_it_is_run_is_forgotten() -> None:
+    found = rhythm(1, 0.01)
+    comes(found, 0, now=0.01)
+    found.ended(0)
+    found.left(0, 0.05)
+    assert not found._left
+    assert not found._away
+    assert not found._here
+
+
+def test_who_is_away_is_expected_until_it_is_late() -> None:
+    found = rhythm(1, 0.01)
+    assert found.expects(0.015)
+    assert not found.expects(0.021)
+    assert not rhythm(0, 0.01).expects(0.0)
 
 
 def test_a_user_who_reads_and_types_is_not_a_session_that_is_slow() -> None:
@@ -253,12 +271,11 @@ def test_prompts_and_what_nobody_waits_for_begin_at_once(count: int, priority: i
 def test_a_turn_that_waits_for_more_begins_when_they_are_here() -> None:
     async def main() -> list[int]:
         world = World()
-        await asyncio.gather(*(world.client(number, 1.0, 0.01, 0.0) for number in (1, 2)))
-        world.stage.turns.clear()
-        first = asyncio.create_task(world.step(1))
+        world.engine._rhythm = rhythm(2, 0.01)
+        first = asyncio.create_task(world.step(0))
         await asyncio.sleep(0.001)
         assert not world.stage.turns
-        await world.step(2)
+        await world.step(1)
         await first
         return world.stage.turns
 
