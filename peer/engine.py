@@ -110,8 +110,7 @@ class Engine:
             self._turn()
 
     def _turn(self) -> None:
-        now = self._clock()
-        turn = self._scheduler.turn(now, self._budget.tokens, self._rhythm.expects(now))
+        turn = self._scheduler.turn(self._clock(), self._budget.tokens)
         for work in turn.late:
             job: Job = work.what
             job.receiver.deliver(Slice(work, work.done, work.count), job.step, Busy("the step waited too long"))

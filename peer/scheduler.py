@@ -20,7 +20,6 @@ PIECE = 16  # positions: a piece of a long step has some multiple of it, but for
 PATIENCE = 0.5  # seconds that work may wait before it goes first
 LOW_PATIENCE = 2.0  # the same, of low priority
 LOW, NORMAL = -1, 0  # priorities
-LOW_SHARE = 4  # of a turn that low priority has to itself, where others come and go: they wait for no more than that
 TURN_SECONDS = 0.1  # that a turn is to take at most
 FORGET = 64  # clients for each session that waits, before those who are done are forgotten
 FIRST_BUDGET = 64  # tokens, before anything was measured
@@ -156,14 +155,10 @@ class Scheduler:
         for work in self._queues.get(session, ()):
             work.priority = priority
 
-    def turn(self, now: float, budget: int, expected: bool = False) -> Turn:
-        """The next turn: of `budget` tokens, or of a single piece where the smallest is larger.
-
-        Of a part of that where all that waits has low priority, and others are `expected` any moment.
-        """
+    def turn(self, now: float, budget: int) -> Turn:
+        """The next turn: of `budget` tokens, or of a single piece where the smallest is larger."""
         turn = Turn(late=self._late(now))
-        low = all(queue[0].priority < NORMAL for queue in self._queues.values())
-        left = budget // LOW_SHARE if low and expected else budget
+        left = budget
         for work in sorted((queue[0] for queue in self._queues.values()), key=lambda work: self._rank(work, now)):
             if turn.slices and (not self._together or work.group != turn.slices[0].work.group):
                 continue

@@ -89,13 +89,6 @@ def test_what_ends_while_it_is_run_is_forgotten() -> None:
     assert not found._here
 
 
-def test_who_is_away_is_expected_until_it_is_late() -> None:
-    found = rhythm(1, 0.01)
-    assert found.expects(0.015)
-    assert not found.expects(0.021)
-    assert not rhythm(0, 0.01).expects(0.0)
-
-
 def test_a_user_who_reads_and_types_is_not_a_session_that_is_slow() -> None:
     found = rhythm(1, 0.02)
     comes(found, 0, now=0.07)

@@ -14,7 +14,6 @@ from peer.scheduler import (
     FORGET,
     LOW,
     LOW_PATIENCE,
-    LOW_SHARE,
     NORMAL,
     PATIENCE,
     PIECE,
@@ -46,15 +45,6 @@ def test_decodes_go_first_and_a_prompt_fills_what_they_leave() -> None:
     assert taken(waiting.turn(0.0, 64).slices) == [(2, 0, 1), (3, 0, SHORT), (4, 0, 1), (1, 0, 2 * PIECE)]
     assert taken(waiting.turn(0.0, 80).slices) == [(1, 32, 100)]
     assert len(waiting) == 0
-
-
-def test_low_priority_has_a_part_of_a_turn_where_others_are_expected() -> None:
-    def turn(expected: bool, *more: Work) -> list[tuple[object, int, int]]:
-        return taken(scheduler(work(1, 100, priority=LOW), *more).turn(0.0, 64, expected).slices)
-
-    assert turn(False) == [(1, 0, 64)]
-    assert turn(True) == [(1, 0, 64 // LOW_SHARE)]
-    assert turn(True, work(2)) == [(2, 0, 1), (1, 0, 48)]  # nobody else is waited for by then
 
 
 def test_one_step_of_a_session_at_a_time_and_in_order() -> None:
