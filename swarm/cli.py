@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,7 +12,7 @@ import typer
 from rich.text import Text
 
 import swarm
-from swarm.console.talk import page, print_summary, read_line, sampling, talking_to, turn
+from swarm.console.talk import Questions, page, print_summary, sampling, talking_to, turn
 from swarm.console.terminal import (
     ProgressBars,
     addresses_in,
@@ -200,8 +198,6 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new forgets the talk, /quit or Ctrl-D ends it."""
     set_up_logging(verbose)
-    with suppress(ImportError):  # there is none for Windows
-        importlib.import_module("readline")  # lets `input` know the arrow keys and what was typed before
     terms: dict[str, Any] = {"exact": exact, "mix": mix, "wire_dtype": wire_dtype, "priority": priority}
     with (
         errors_told(),
@@ -211,7 +207,7 @@ def chat(
         begin = [{"role": "system", "content": system}] if system else []
         messages = list(begin)
         options = sampling(max_new_tokens, temperature, top_p, seed)
-        while (said := read_line()) is not None:
+        for said in Questions():
             if said == "/new":
                 messages = list(begin)
             elif said:

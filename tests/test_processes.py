@@ -129,15 +129,18 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 # --- chat, in a terminal ----------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A command in a terminal of its own; what it shows is read, and keys are pressed."""
+KEYS_ARE_READ, KEYS_WERE_READ = r"\x1b\[\?2004h", r"\x1b\[\?2004l"  # a terminal is told how to send what is pasted
 
-    def __init__(self, *arguments: object) -> None:
-        name, *rest = map(str, arguments)
-        file, variables = command(name), environment(TERM="dumb", COLUMNS="200")
+
+class Terminal:
+    """A program in a terminal of its own; what it shows is read, and keys are pressed."""
+
+    def __init__(self, file: str, *arguments: object) -> None:
+        line = [file, *map(str, arguments)]
+        variables = environment(TERM="xterm", COLUMNS="200", PROMPT_TOOLKIT_NO_CPR="1")  # nobody answers where it is
         self.pid, self._handle = pty.fork()
         if self.pid == 0:
-            os.execve(file, [name, *rest], variables)
+            os.execve(file, line, variables)
         self.shown = ""
         self._read = 0
 
@@ -166,22 +169,51 @@ class Terminal:
 
 
 def test_chat_in_a_terminal(swarm: LocalSwarm, model: Model) -> None:
-    terminal = Terminal(
-        "swarm", "chat", model.folder, "--initial-peers", swarm.address, "--max-new-tokens", 4000, "--seed", 1
-    )
-    terminal.until("> ")
+    options = ("--initial-peers", swarm.address, "--max-new-tokens", 4000, "--seed", 1)
+    terminal = Terminal(command("swarm"), "chat", model.folder, *options)
+    terminal.until(KEYS_ARE_READ)
     terminal.press("Tell me all!\n")
-    terminal.until("Tell me all!\r\n.{3}")  # its echo, and the answer begins
+    terminal.until(f"{KEYS_WERE_READ}.{{3}}")  # the answer begins
     terminal.press("\x03")  # Ctrl-C: the answer ends, the program does not
     terminal.until(r"\(stopped\)")
-    terminal.until("> ")
+    terminal.until(KEYS_ARE_READ)
     terminal.press("\x03")  # with nothing to stop, nothing happens
-    terminal.until("> ")
+    terminal.until(KEYS_ARE_READ)
     terminal.press("/new\n")
-    terminal.until("> ")
+    terminal.until(KEYS_ARE_READ)
     terminal.press("\x04")
     assert terminal.ended() == 0
     assert "Traceback" not in terminal.shown
+
+
+BUSY_PROMPT = """
+import threading, warnings
+from swarm.console.talk import Questions
+
+def compute():
+    while not asked.is_set():
+        sum(range(100))
+
+warnings.simplefilter("ignore")
+asked = threading.Event()
+threading.Thread(target=compute).start()
+for line in Questions():
+    print("typed", line)
+asked.set()
+"""
+
+
+def test_ctrl_c_at_the_prompt_is_not_lost_while_another_thread_computes() -> None:
+    terminal = Terminal(sys.executable, "-c", BUSY_PROMPT)
+    for _ in range(20):
+        terminal.until(KEYS_ARE_READ)
+        terminal.press("half a line\x03")
+    terminal.until(KEYS_ARE_READ)
+    terminal.press("a line\n")
+    terminal.until("typed a line\r\n")
+    terminal.until(KEYS_ARE_READ)
+    terminal.press("\x04")
+    assert terminal.ended() == 0
 
 
 # --- a peer's life and death ------------------------------------------------------------------------------------------

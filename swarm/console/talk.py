@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,18 +155,30 @@ def turn(conversation: Conversation, messages: list[dict[str, str]], said: str, 
     messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def read_line() -> str | None:
-    """What the user types; None when it is enough."""
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            page.write("\n")
-            return None
-        except KeyboardInterrupt:
-            page.write("\n")
-            continue
-        return None if line in ("/quit", "/exit") else line
+class Questions:
+    """What the user types, line by line; iteration ends when it is enough."""
+
+    def __init__(self) -> None:
+        self._ask: Callable[[str], str] = input
+        if sys.stdin.isatty():
+            # Not `readline`: with it, Ctrl-C is lost when it comes while another thread has the interpreter.
+            from prompt_toolkit import PromptSession
+
+            self._ask = PromptSession[str]().prompt
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                line = self._ask("> ").strip()
+            except EOFError:
+                page.write("\n")
+                return
+            except KeyboardInterrupt:
+                page.write("\n")
+                continue
+            if line in ("/quit", "/exit"):
+                return
+            yield line
 
 
 class _Page:
