@@ -110,6 +110,7 @@ class Engine:
             self._turn()
 
     def _turn(self) -> None:
+        """Schedule the next turn and have it run, if there is anything to run."""
         turn = self._scheduler.turn(self._clock(), self._budget.tokens)
         for work in turn.late:
             job: Job = work.what

@@ -180,7 +180,8 @@ class Server:
         if work is None or not message.replay:
             return False
         job: Job = work.what
-        before: wire.Step = job.receiver.message  # type: ignore[attr-defined]
+        assert isinstance(job.receiver, Receipt)  # they alone are deferred
+        before = job.receiver.message
         alike = before.replay == message.replay and not before.more and not message.more
         room = work.count + message.hidden.shape[1] <= REPLAY_POSITIONS
         if not alike or not room or (both := job.step.joined(step)) is None:

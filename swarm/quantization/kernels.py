@@ -58,13 +58,13 @@ class FbgemmInt8(Shared):
     products are kept in 16 bits, which 8 bits on both sides overflow: so the input gets 7 there.
     """
 
+    _LIFT = 4096.0  # what inputs are multiplied by: FBGEMM takes no scale below 6.1e-5, and small inputs want one
+
     @staticmethod
     @functools.cache
     def is_here() -> bool:
         """Whether torch has it on this machine."""
         return torch.backends.quantized.engine in ("x86", "fbgemm") and torch.cpu.get_capabilities().get("avx2", False)
-
-    _LIFT = 4096.0  # what inputs are multiplied by: FBGEMM takes no scale below 6.1e-5, and small inputs want one
 
     def __init__(self, weight: QuantizedWeight) -> None:
         scales = weight.scales.double() / self._LIFT

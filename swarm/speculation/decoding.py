@@ -55,28 +55,14 @@ class SpeculatingMixin:
         **model_kwargs: Any,
     ) -> Any:
         """transformers' loop of greedy decoding and of sampling, or ours."""
-        with largest_alone() if _is_greedy(logits_processor, generation_config) else nullcontext():
-            return self._decode(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-
-    def _decode(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool,
-        streamer: Any,
-        **model_kwargs: Any,
-    ) -> Any:
         given = logits_processor, stopping_criteria, generation_config
-        tuner = self._tuner(input_ids, generation_config, model_kwargs)
-        if tuner is None or not self.rewindable or self.speculate.mode == OFF:
-            plain: Any = super()._sample  # type: ignore[misc]
-            return plain(input_ids, *given, synced_gpus, streamer, **model_kwargs)
-        drafter = self._drafter(tuner, input_ids, generation_config, model_kwargs)
-        return generate(self, input_ids, drafter, tuner, *given, streamer, **model_kwargs)
+        with largest_alone() if _is_greedy(logits_processor, generation_config) else nullcontext():
+            tuner = self._tuner(input_ids, generation_config, model_kwargs)
+            if tuner is None or not self.rewindable or self.speculate.mode == OFF:
+                plain: Any = super()._sample  # type: ignore[misc]
+                return plain(input_ids, *given, synced_gpus, streamer, **model_kwargs)
+            drafter = self._drafter(tuner, input_ids, generation_config, model_kwargs)
+            return generate(self, input_ids, drafter, tuner, *given, streamer, **model_kwargs)
 
     def _assisted_decoding(
         self,
