@@ -15,7 +15,8 @@ from swarm.agreement import cohort
 from swarm.agreement import member as rounds_of_member
 from swarm.chain import Terms
 from swarm.console.conversation import Conversation
-from swarm.errors import ModelDiverged, UsageError
+from swarm.discovery import Discovery
+from swarm.errors import DeadlineExceeded, ModelDiverged, UsageError
 from swarm.network import Waiting
 from swarm.runmodel import open_run
 from swarm.runs.metrics import Round
@@ -24,7 +25,7 @@ from swarm.runs.run import Run, parse
 from swarm.runs.samples import Samples
 from swarm.runs.schedule import schedule_of
 from swarm.speculation.tuning import Counts
-from swarm.types import Span
+from swarm.types import Offer, Span, State
 
 pytestmark = pytest.mark.slow
 
@@ -258,6 +259,26 @@ async def test_who_wants_a_runs_model_before_its_peers_are_there_waits_for_them(
         model, _ = await opening
         await asyncio.to_thread(model.close)
     assert told[0] == (Span(0, 4),)
+
+
+async def test_a_member_whose_news_nobody_took_tells_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = small_run(rounds=2), list[State]()
+    publish = Discovery.publish
+
+    async def fails_once(discovery: Discovery, offer: Offer) -> None:
+        told.append(offer.state)
+        if told.count(State.ONLINE) == 1:
+            raise DeadlineExceeded("nobody took it")
+        await publish(discovery, offer)
+
+    monkeypatch.setattr(Discovery, "publish", fails_once)
+    async with training_swarm(run, tmp_path) as swarm:
+        await swarm.member(0)
+        await train(await swarm.trainer())
+        waiting = Waiting(first=40.0)
+        model, _ = await asyncio.to_thread(open_run, run, [swarm.address], waiting)
+        await asyncio.to_thread(model.close)
+    assert told.count(State.ONLINE) >= 2
 
 
 async def test_another_file_under_the_same_name_is_refused_with_the_field(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SEEK_SECONDS = 0.3  # between two looks at who else is there, as long as the run is not found
+SEEK_SECONDS = 0.3  # between two looks at who else is there, as long as the swarm does not know that this one serves
 LOOK_SECONDS = 3.0  # and after that
 RENEW_SECONDS = 10.0  # between two looks at what the offer says
 SERVED_TOKENS = 4096  # of cache for those who use the model while it is trained
@@ -163,13 +163,18 @@ class TrainNode:
                 with contextlib.suppress(RemoteError):  # the DHT did not answer in time: what was known stays
                     await self._look_around()
                     await self._tell()
-                await asyncio.sleep(LOOK_SECONDS if self._is_settled else SEEK_SECONDS)
+                await asyncio.sleep(LOOK_SECONDS if self._is_told else SEEK_SECONDS)
         except ShoalError as error:
             self.failed.set_exception(error)
 
     @property
     def _is_settled(self) -> bool:
         return self.member is not None and self.member.round >= 0
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the swarm knows that this peer serves."""
+        return self._offer is not None and self._offer.state is State.ONLINE
 
     async def _look_around(self) -> None:
         """Who else takes part, as far as the DHT tells; and as long as nobody is found, whether with another file."""
@@ -193,11 +198,10 @@ class TrainNode:
         offer = replace(self._offer, state=state, cache_tokens=tokens, batched=self.server.batches)
         if offer == self._offer and now - self._told < RENEW_SECONDS:
             return
-        self._told = now
         offer = replace(offer, cache_free=self.leases.free, sessions=self.server.sessions)
         if offer != self._offer:
-            self._offer = offer
             await self.discovery.publish(offer)
+        self._offer, self._told = offer, now
 
     def status(self) -> Status:
         """For a status line."""
