@@ -15,7 +15,7 @@ import torch
 
 from peer.executor import Executor
 from peer.rhythm import Rhythm
-from peer.scheduler import NORMAL, Budget, Scheduler, Slice, Work
+from peer.scheduler import LONG_SECONDS, NORMAL, TURN_SECONDS, Budget, Scheduler, Slice, Work
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import Busy, Internal
 
@@ -51,7 +51,8 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._scheduler = Scheduler(stage.batches)
-        self._budget = Budget()
+        self._budgets = Budget(TURN_SECONDS), Budget(LONG_SECONDS)
+        self._budget = self._budgets[0]  # of the turn that runs, or ran last
         self._rhythm = Rhythm()
         self._gathering: asyncio.TimerHandle | None = None  # until when a turn waits for more sessions
         self._running = False
@@ -111,7 +112,9 @@ class Engine:
 
     def _turn(self) -> None:
         """Schedule the next turn and have it run, if there is anything to run."""
-        turn = self._scheduler.turn(self._clock(), self._budget.tokens)
+        now = self._clock()
+        self._budget = self._budgets[not self._scheduler.has_decodes and not self._rhythm.expects(now)]
+        turn = self._scheduler.turn(now, self._budget.tokens)
         for work in turn.late:
             job: Job = work.what
             job.receiver.deliver(Slice(work, work.done, work.count), job.step, Busy("the step waited too long"))

@@ -52,6 +52,11 @@ class Rhythm:
         self._left.pop(session, None)
         self._away.pop(session, None)
 
+    def expects(self, now: float) -> bool:
+        """Whether some session is away that should be back soon."""
+        self._forget_late(now)
+        return bool(self._left)
+
     def wait(self, here: Collection[Hashable], since: float, now: float) -> float:
         """Seconds that the next turn may wait for more than are `here`, the first of them `since` then; 0 to begin."""
         if self._turn is None or (longest := since + _PATIENCE * self._turn - now) <= 0:

@@ -17,10 +17,12 @@ from typing import Any
 
 SHORT = 16  # positions of a step that counts as a decode: one token, or a few to be verified
 PIECE = 16  # positions: a piece of a long step has some multiple of it, but for the last
+OVER = 1.25  # times the tokens that are left in a turn, which one piece may have
 PATIENCE = 0.5  # seconds that work may wait before it goes first
 LOW_PATIENCE = 2.0  # the same, of low priority
 LOW, NORMAL = -1, 0  # priorities
 TURN_SECONDS = 0.1  # that a turn is to take at most
+LONG_SECONDS = 0.15  # the same, while nobody waits for a next token: fewer and larger pieces are less work
 FORGET = 64  # clients for each session that waits, before those who are done are forgotten
 FIRST_BUDGET = 64  # tokens, before anything was measured
 BUDGETS = 16, 4096  # tokens, at least and at most
@@ -143,6 +145,11 @@ class Scheduler:
             return None
         return min((work.since for work in first), default=None)
 
+    @property
+    def has_decodes(self) -> bool:
+        """Whether a short step waits."""
+        return any(queue[0].is_short for queue in self._queues.values())
+
     def cancel(self, session: Hashable, unwanted: Callable[[Work], bool] = lambda _: True) -> list[Work]:
         """Take out the session's `unwanted` work, begun or not; what is running is not here any more."""
         queue = self._queues.get(session, ())
@@ -214,15 +221,20 @@ def _is_late(work: Work, now: float) -> bool:
 
 
 def _fitting(work: Work, left: int, alone: bool) -> int:
-    """How many positions of it fit into `left` tokens; some in any case where it would be `alone`."""
-    wanted = work.count - work.done
-    fitting = min(wanted, left // work.rows)
-    if fitting < wanted:
-        fitting -= fitting % PIECE
+    """How many positions of it fit into `left` tokens; some in any case where it would be `alone`.
+
+    What has to be cut is cut evenly: a small rest takes nearly as long as a piece. For the same reason the last piece
+    may be a little larger than what is left.
+    """
+    wanted, most = work.count - work.done, left // work.rows
+    if wanted <= most:
+        return wanted
     least = wanted if work.is_short else min(wanted, PIECE)
-    if fitting >= least:
-        return fitting
-    return least if alone else 0
+    if work.is_short or most < least:
+        return least if alone else 0
+    pieces = math.ceil(wanted / (OVER * most))
+    even = min(wanted, math.ceil(wanted / pieces / PIECE) * PIECE)
+    return even if even <= OVER * most else most - most % PIECE
 
 
 class Budget:
@@ -233,7 +245,7 @@ class Budget:
     take. Cf. the profile-driven token budget of Sarathi-Serve.
     """
 
-    def __init__(self, seconds: float = TURN_SECONDS) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._tokens: float | None = None
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peer.engine import Engine, Job
 from peer.rhythm import LONGEST, Rhythm
-from peer.scheduler import LOW, NORMAL, Slice, Work
+from peer.scheduler import LONG_SECONDS, LOW, NORMAL, PIECE, TURN_SECONDS, Slice, Work
 from swarm.links.virtualtime import run_virtually
 
 TURN = 0.03
@@ -137,15 +137,29 @@ class FakeStage:
 
 
 class FakeStep:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
     def piece(self, start: int, end: int) -> FakeStep:
-        return self
+        return FakeStep(end - start)
+
+
+class LongStage(FakeStage):
+    """Takes a millisecond for a token, besides."""
+
+    def run_all(self, works: list[Any]) -> list[Any]:
+        tokens = [step.count for _, step in works]
+        self.turns.append(max(tokens))
+        self.ran += sum(tokens)
+        self.ahead = TURN + 0.001 * sum(tokens)
+        return [None] * len(works)
 
 
 class World:
     """An engine, and a machine on which all clients take turns."""
 
-    def __init__(self) -> None:
-        self.stage = FakeStage()
+    def __init__(self, stage: FakeStage | None = None) -> None:
+        self.stage = stage or FakeStage()
         self.engine = Engine(self.stage, self, self.clock)  # type: ignore[arg-type]
         self.machine = asyncio.Lock()
         self.random = random.Random(1)
@@ -172,7 +186,7 @@ class World:
             def keep(self, piece: Slice, step: Any, outcome: Any) -> None:
                 pass
 
-        job = Job(None, FakeStep(), Receiver())  # type: ignore[arg-type]
+        job = Job(None, FakeStep(count), Receiver())  # type: ignore[arg-type]
         self.engine.add(Work(session, session, 1, count, came, what=job, priority=priority))
         await told
         self.waits.append(self.clock() - came)
@@ -273,3 +287,21 @@ def test_a_turn_that_waits_for_more_begins_when_they_are_here() -> None:
         return world.stage.turns
 
     assert run_virtually(main()) == [2]
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_prompt_goes_in_larger_pieces_while_nobody_waits_for_a_token(decoding: bool) -> None:
+    async def main() -> list[int]:
+        world = World(LongStage())
+        client = asyncio.create_task(world.client(1, 60.0 if decoding else 0.2, 0.01, 0.0))
+        await asyncio.sleep(1.0)
+        for prompt in range(3):
+            world.stage.turns.clear()
+            await world.step(f"prompt {prompt}", 1000)
+        turns = list(world.stage.turns)
+        await client
+        return turns
+
+    seconds = TURN_SECONDS if decoding else LONG_SECONDS
+    largest = max(run_virtually(main()))
+    assert largest == pytest.approx(1000 * (seconds - TURN), abs=2 * PIECE)
