@@ -41,6 +41,22 @@ class Job:
     receiver: Receiver
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of a turn.
+
+    Attributes:
+        tokens: that went through the blocks.
+        seconds: that it took.
+        computing: the share of them in which its thread had a processor to itself.
+    """
+
+    outcomes: list[Outcome]
+    tokens: int = 0
+    seconds: float = 0.0
+    computing: float = 1.0
+
+
 class Engine:
     """The loop around one stage. Used from the event loop only."""
 
@@ -127,44 +143,41 @@ class Engine:
                 lambda result, error: self._ran(pieces, result, error),
             )
 
-    def _run(self, works: list[tuple[SessionState, StepInput]]) -> tuple[list[Outcome], int, float]:
-        """Run, in the compute thread; also says how many tokens went through the blocks, in how many seconds."""
-        started, before = self._clock(), self._stage.ran
-        return self._stage.run_all(works), self._stage.ran - before, self._clock() - started
+    def _run(self, works: list[tuple[SessionState, StepInput]]) -> Ran:
+        """Run, in the compute thread."""
+        started, before, computed = self._clock(), self._stage.ran, time.thread_time()
+        outcomes = self._stage.run_all(works)
+        seconds, computed = self._clock() - started, time.thread_time() - computed
+        return Ran(outcomes, self._stage.ran - before, seconds, min(1.0, computed / max(seconds, 1e-9)))
 
-    def _ran(
-        self,
-        pieces: list[tuple[Slice, StepInput]],
-        result: tuple[list[Outcome], int, float] | None,
-        error: BaseException | None,
-    ) -> None:
+    def _ran(self, pieces: list[tuple[Slice, StepInput]], result: Ran | None, error: BaseException | None) -> None:
         """Deliver."""
         self._running = False
         failed = error if isinstance(error, Exception) else Internal("the compute thread gave up")
-        outcomes, tokens, seconds = result or ([failed] * len(pieces), 0, 0.0)
-        ran = [(piece, step, outcome) for (piece, step), outcome in zip(pieces, outcomes, strict=True)]
+        turn = result or Ran([failed] * len(pieces))
+        ran = [(piece, step, outcome) for (piece, step), outcome in zip(pieces, turn.outcomes, strict=True)]
         ended = [piece.work for piece, _, _ in ran if piece.is_last]
         for piece, step, outcome in ran:
             if isinstance(outcome, Exception):
                 ended += self._scheduler.cancel(piece.work.session, partial(operator.is_, piece.work))
             piece.work.what.receiver.deliver(piece, step, outcome)
-        self._told([piece.work for piece, _, _ in ran], seconds)
+        self._told([piece.work for piece, _, _ in ran], turn)
         self._begin()
         for piece, step, outcome in ran:
             piece.work.what.receiver.keep(piece, step, outcome)
         self._done(work.session for work in ended)
-        self._budget.took(tokens, seconds)
+        self._budget.took(turn.tokens, turn.seconds)
         self.turns += 1
-        self.tokens += tokens
+        self.tokens += turn.tokens
 
-    def _told(self, works: list[Work], seconds: float) -> None:
-        """What came of a turn that took so long."""
+    def _told(self, works: list[Work], turn: Ran) -> None:
+        """What came of a turn."""
         now = self._clock()
         for work in works:
             if work.is_short and work.priority >= NORMAL:
                 self._rhythm.left(work.session, now)
         if all(work.is_short for work in works):
-            self._rhythm.took(seconds)
+            self._rhythm.took(turn.seconds, turn.computing)
 
     def _done(self, sessions: Iterable[Hashable]) -> None:
         for session in sessions:

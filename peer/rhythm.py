@@ -6,7 +6,8 @@ own; where clients and other stages share the machine, that turn is also time of
 of sessions that are run for T seconds and are away for Z, (T + Z) / T groups can take turns with nobody in anybody's
 way, and a group is the sessions divided by that (Little 1961; cf. the micro-batches of a pipeline, Huang et al. 2019,
 "GPipe"). Whoever is far away is in a small group, and waits for nobody; and nobody waits for much longer than a turn
-takes, as if it had come when one had just begun.
+takes, as if it had come when one had just begun. On a machine where turns themselves wait for a processor, sessions are
+away for so long because of that: there are two groups then, since what fewer turns save is time for everybody.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ LONGEST = 1.0  # seconds that a session is away, at most, if it is to be waited 
 _LATE = 2.0  # times as long as usual: then it is not waited for
 _WEIGHT = 0.2  # of what was seen last
 _TWO = 1.5  # groups that would fit, from which on it is two: while a single one is away, nothing is done here
+_CROWDED = 0.9  # of a turn: with a processor for less of it, others on the machine have too little
 _PATIENCE = 1.25  # turns that one may wait: by a little more than one, two who alternate come to be run together
 
 
@@ -25,6 +27,7 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._turn: float | None = None
+        self._computing: float | None = None
         self._away: dict[Hashable, float] = {}  # for how long, as a rule
         self._left: dict[Hashable, float] = {}  # when, of those who are away
         self._here: set[Hashable] = set()
@@ -42,9 +45,10 @@ class Rhythm:
             self._here.remove(session)
             self._left[session] = now
 
-    def took(self, seconds: float) -> None:
-        """A turn of short steps."""
+    def took(self, seconds: float, computing: float = 1.0) -> None:
+        """A turn of short steps, in such a share of which its thread had a processor to itself."""
         self._turn = _smoothed(self._turn, seconds)
+        self._computing = _smoothed(self._computing, computing)
 
     def ended(self, session: Hashable) -> None:
         """It does not come any more."""
@@ -70,7 +74,13 @@ class Rhythm:
         if not away:
             return 1
         fitting = len(away) / sum(turn / (turn + each) for each in away)
-        return len(away) // (max(2, int(fitting)) if fitting >= _TWO else 1)
+        if fitting < _TWO:
+            return len(away)
+        return len(away) // (2 if self._is_crowded else int(max(2, fitting)))
+
+    @property
+    def _is_crowded(self) -> bool:
+        return self._computing is not None and self._computing < _CROWDED
 
     def _forget_late(self, now: float) -> None:
         for session, left in list(self._left.items()):

@@ -6,6 +6,7 @@ import asyncio
 import random
 import statistics
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,22 @@ def test_a_turn_waits_for_a_group(sessions: int, away: float, group: int) -> Non
         wait = found.wait(here, away, away)
         assert (wait > 0) == (len(here) < group)
         assert wait in (0.0, pytest.approx(1.25 * TURN))
+
+
+def test_on_a_crowded_machine_there_are_no_more_than_two_groups() -> None:
+    found = rhythm(8, 10 * TURN)
+    comes(found, 0, now=0.1)
+    assert found.wait([0], 0.1, 0.1) == 0.0
+    for _ in range(40):
+        found.took(TURN, 0.7)
+    assert found.wait([0], 0.1, 0.1) > 0.0
+    comes(found, 1, 2, now=0.1)
+    assert found.wait([0, 1, 2], 0.1, 0.1) > 0.0
+    comes(found, 3, now=0.1)
+    assert found.wait([0, 1, 2, 3], 0.1, 0.1) == 0.0
+    for _ in range(40):
+        found.took(TURN, 1.0)
+    assert found.wait([0], 0.1, 0.1) == 0.0
 
 
 def test_nobody_waits_for_much_longer_than_a_turn_takes() -> None:
@@ -159,6 +176,7 @@ class World:
     """An engine, and a machine on which all clients take turns."""
 
     def __init__(self, stage: FakeStage | None = None) -> None:
+        self.computing = 1.0
         self.stage = stage or FakeStage()
         self.engine = Engine(self.stage, self, self.clock)  # type: ignore[arg-type]
         self.machine = asyncio.Lock()
@@ -170,7 +188,7 @@ class World:
 
     def submit(self, work: Callable[[], Any], done: Callable[..., Any]) -> None:
         """The compute thread."""
-        result, seconds = work(), self.stage.ahead
+        result, seconds = replace(work(), computing=self.computing), self.stage.ahead
         self.stage.ahead = 0.0
         asyncio.get_running_loop().call_later(seconds, done, result, None)
 

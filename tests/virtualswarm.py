@@ -25,6 +25,7 @@ from decoding import Decoding, Ends, Undisturbed
 from virtualexecutor import VirtualExecutor
 
 from peer.cache import Leases
+from peer.engine import Ran
 from peer.server import Server
 from peer.stage import Stage
 from swarm.errors import ShoalError
@@ -47,15 +48,15 @@ Load = Callable[[Span], Any]
 
 def _timed(result: Any, seconds: float) -> Any:
     """A turn's result tells how long it took."""
-    return (result[0], seconds, *result[2:]) if isinstance(result, tuple) else result
+    return replace(result, seconds=seconds, computing=1.0) if isinstance(result, Ran) else result
 
 
 def _seconds(result: Any) -> float:
     """What a turn takes, going by what it put out; nothing where it is none."""
-    if not isinstance(result, tuple):
+    if not isinstance(result, Ran):
         return 0.0
     return STEP_SECONDS + POSITION_SECONDS * sum(
-        each.shape[0] * each.shape[1] for each in result[0] if isinstance(each, torch.Tensor)
+        each.shape[0] * each.shape[1] for each in result.outcomes if isinstance(each, torch.Tensor)
     )
 
 
