@@ -67,8 +67,8 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._scheduler = Scheduler(stage.batches)
-        self._budgets = Budget(TURN_SECONDS), Budget(LONG_SECONDS)
-        self._budget = self._budgets[0]  # of the turn that runs, or ran last
+        self._usual, self._long = Budget(TURN_SECONDS), Budget(LONG_SECONDS)
+        self._budget = self._usual  # of the turn that runs, or ran last
         self._rhythm = Rhythm()
         self._gathering: asyncio.TimerHandle | None = None  # until when a turn waits for more sessions
         self._running = False
@@ -129,7 +129,8 @@ class Engine:
     def _turn(self) -> None:
         """Schedule the next turn and have it run, if there is anything to run."""
         now = self._clock()
-        self._budget = self._budgets[not self._scheduler.has_decodes and not self._rhythm.expects(now)]
+        awaited = self._scheduler.has_decodes or self._rhythm.expects(now)
+        self._budget = self._usual if awaited else self._long
         turn = self._scheduler.turn(now, self._budget.tokens)
         for work in turn.late:
             job: Job = work.what

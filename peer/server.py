@@ -180,7 +180,7 @@ class Server:
         if work is None or not message.replay:
             return False
         job: Job = work.what
-        assert isinstance(job.receiver, Receipt)  # they alone are deferred
+        assert isinstance(job.receiver, Receipt)  # steps of sessions have no other
         before = job.receiver.message
         alike = before.replay == message.replay and not before.more and not message.more
         room = work.count + message.hidden.shape[1] <= REPLAY_POSITIONS
