@@ -174,7 +174,7 @@ class Node:
         chance, blocks = random.Random(), self._announcer.offer.num_blocks
         block, count = await self.hosting.probe(blocks // 2, blocks)
         speed = block.tokens_per_second(count, self._bandwidth)
-        span: Span | None = best_span((await self._survey()).strength, count, speed, chance)
+        span: Span | None = best_span(await self._survey(), count, speed, chance)
         for _ in range(CHOICES):
             if span is None:
                 break

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from swarm.directory.reading import Part
@@ -60,13 +60,15 @@ class Survey:
         """Whether some block has nobody, nor anybody who is about to come."""
         return min(self.strength) <= _COVERED
 
-    def without(self, peer: PeerId) -> list[float]:
-        """The strength of each block if that peer were not there."""
+    def without(self, peer: PeerId) -> Survey:
+        """What there would be if that peer were not there. Of the keepers it may still be one."""
         strength = list(self.strength)
         for span, speed in self.added.get(peer, ()):
             for block in span:
                 strength[block] = max(0.0, strength[block] - speed)
-        return [value if value > _COVERED else 0.0 for value in strength]
+        left = tuple(value if value > _COVERED else 0.0 for value in strength)
+        spans = {other: span for other, span in self.spans.items() if other != peer}
+        return replace(self, strength=left, spans=spans)
 
     def is_needed(self, peer: PeerId, span: Span) -> bool:
         """Whether some block of `span` has nobody online but that peer."""
@@ -191,11 +193,16 @@ def choose_span(
 
     Raises `ValueError` where the model has fewer blocks.
     """
-    return best_span(survey(offers, num_blocks).strength, count, speed, chance)
+    return best_span(survey(offers, num_blocks), count, speed, chance)
 
 
-def best_span(strength: Sequence[float], count: int, speed: float, chance: random.Random | None = None) -> Span:
-    """Like `choose_span`, of blocks of this strength. O(blocks)."""
+def best_span(seen: Survey, count: int, speed: float, chance: random.Random | None = None) -> Span:
+    """Like `choose_span`, by what was seen. O(blocks + offers).
+
+    Of spans that are about equally good, one that another hosts as well: each of the two can then do without the
+    other, and go where it is needed. Who stands across the borders of others is needed on both sides.
+    """
+    strength, hosted = seen.strength, set(seen.spans.values())
     if not 0 < count <= len(strength):
         raise ValueError(f"{count} blocks of a model that has {len(strength)}")
     empty = [0, *accumulate(value <= _COVERED for value in strength)]
@@ -206,10 +213,10 @@ def best_span(strength: Sequence[float], count: int, speed: float, chance: rando
     worth = {w: relief[w.end] - relief[w.start] for w in windows}
     if most:
         windows = [w for w in windows if _leaves_no_chink(w, empty)] or windows
-    best = max(worth[w] for w in windows)
-    if chance is None:
-        return next(w for w in windows if worth[w] == best)
-    return chance.choice([w for w in windows if worth[w] >= best * (1 - EQUAL)])
+    least = max(worth[w] for w in windows) * (1 - EQUAL if chance else 1)
+    good = [w for w in windows if worth[w] >= least]
+    good = [w for w in good if w in hosted] or good
+    return chance.choice(good) if chance else good[0]
 
 
 def _relief(strength: float, speed: float) -> float:
@@ -243,9 +250,9 @@ def reconsider(
         Part(part.blocks, tuple(filter(counts, part.certain)), tuple(filter(counts, part.drawn)), part.weight)
         for part in parts
     ]
-    strength = survey_parts(before).strength
-    better = best_span(strength, len(mine.span), speed, chance)
-    return better if _holes(strength, better) > _holes(strength, mine.span) else None
+    seen = survey_parts(before)
+    better = best_span(seen, len(mine.span), speed, chance)
+    return better if _holes(seen.strength, better) > _holes(seen.strength, mine.span) else None
 
 
 # --- a resident -------------------------------------------------------------------------------------------------------
@@ -277,10 +284,10 @@ def decide(
     others = seen.without(mine.peer)
     speed = max(mine.tokens_per_second, _LEAST_SPEED)
     target = best_span(others, count or len(mine.span), speed, chance)
-    urgent = _holes(others, target) > _holes(others, mine.span)
+    urgent = _holes(others.strength, target) > _holes(others.strength, mine.span)
     if not urgent and stayed < policy.min_stay:
         return Stay(f"it came only {stayed:.0f} s ago")
-    if not urgent and (reason := _not_worth_it(others, mine.span, target, speed, policy.margin)):
+    if not urgent and (reason := _not_worth_it(others.strength, mine.span, target, speed, policy.margin)):
         return Stay(reason)
     keepers = policy.urgent_keepers if urgent else policy.keepers
     if held := _held(seen, mine.peer, mine.span, keepers):

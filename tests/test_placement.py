@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,12 @@ def test_a_gap_is_filled_before_anything_else() -> None:
 def test_where_all_is_covered_the_weakest_is_strengthened() -> None:
     assert choose_span([offer(0, 0, 4, speed=10), offer(1, 4, 8, speed=5)], 8, 4) == Span(4, 8)
     assert choose_span([offer(0, 0, 4, speed=5), offer(1, 4, 8, speed=10)], 8, 4) == Span(0, 4)
+
+
+def test_of_equally_good_spans_a_newcomer_takes_one_that_another_can_then_leave() -> None:
+    offers = [offer(0, 0, 4, speed=10.1), offer(1, 4, 8, speed=10)]
+    chosen = {choose_span(offers, 8, 4, chance=random.Random(seed)) for seed in range(50)}
+    assert chosen == {Span(0, 4), Span(4, 8)}
 
 
 def test_who_leaves_does_not_count_and_who_joins_does() -> None:

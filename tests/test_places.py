@@ -45,7 +45,7 @@ def span_of(swarm: LocalSwarm, model: Model, peer: PeerProcess) -> Span | None:
 def test_a_peer_takes_what_is_uncovered_and_moves_when_blocks_lose_their_host(swarm: LocalSwarm, model: Model) -> None:
     first = swarm.serve(str(model.folder), "--blocks", "0:3")
     assert until(lambda: span_of(swarm, model, first), SECONDS)
-    second = swarm.serve(str(model.folder), *ROOM)
+    second = swarm.serve(str(model.folder), *ROOM, *RESTLESS)
     assert until(lambda: span_of(swarm, model, second), SECONDS) == Span(3, 6), second.output()
 
     third = swarm.serve(str(model.folder), "--num-blocks", "3", *ROOM, *RESTLESS)
@@ -53,8 +53,12 @@ def test_a_peer_takes_what_is_uncovered_and_moves_when_blocks_lose_their_host(sw
     assert taken is not None, third.output()
     lost, other = (second, Span(3, 6)) if taken == Span(0, 3) else (first, Span(0, 3))
     assert lost.stop(signal.SIGTERM) == 0
-    assert until(lambda: span_of(swarm, model, third) == other, SECONDS), third.output()
-    assert f'event="moving" from={taken} to={other}' in third.output()
+
+    # Where the two that are left host the same blocks, it is by lot which of them stays.
+    left = [third] if lost is second else [second, third]
+    outputs = [peer.output for peer in left]
+    assert until(lambda: other in (span_of(swarm, model, peer) for peer in left), SECONDS), [tell() for tell in outputs]
+    assert sum(f'event="moving" from={taken} to={other}' in tell() for tell in outputs) == 1
 
     generate = ("swarm", "generate", model.folder, "hi", "--max-new-tokens", 5, "--initial-peers", swarm.address)
     ended = run(*generate, "--wait", 20)

@@ -93,7 +93,7 @@ class Simulation:
         machine = draw_machine(next(self._numbers), hosting.model, self._chance)
         hosting.directory.refresh(self.now)
         speed = 1.0 / (machine.seconds_per_block * machine.blocks)
-        span = best_span(hosting.directory.survey(self._chance).strength, machine.blocks, speed, self._chance)
+        span = best_span(hosting.directory.survey(self._chance), machine.blocks, speed, self._chance)
         peer = Peer(machine, first_offer(machine, hosting.model, span), self.now)
         self._pass_time(hosting)
         hosting.peers[machine.peer] = peer
