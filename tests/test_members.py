@@ -96,7 +96,10 @@ async def differences(made: Crew, members: Sequence[LinearMember] = ()) -> list[
     return found
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "replicas"),
+    [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow), (2, 2)],
+)
 async def test_replicas_train_as_one_process_does(stages: int, replicas: int, nothing_left: None) -> None:
     plan = Plan(RUN, stages, samples=11, micro_batch=2, dtype="float32")
     async with crew(plan, replicas) as made:

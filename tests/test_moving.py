@@ -124,6 +124,7 @@ def test_newcomers_that_come_together_do_not_take_the_same(folder: Path, swarm: 
     assert sorted(offer_of(node).span for node in swarm.nodes) == [Span(0, 3), Span(3, 6)]
 
 
+@pytest.mark.slow
 def test_a_peer_moves_to_blocks_that_lost_their_host(folder: Path, whole: Any, swarm: Swarm) -> None:
     first, second = swarm.serve(folder, "0:3"), swarm.serve(folder, "3:6")
     node = restless(swarm, folder, second)

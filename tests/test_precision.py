@@ -118,6 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_quantized_peers_are_used_told_and_kept_apart(swarm: Swarm, folder: Path) -> None:
     told: list[dict[str, list[Span]]] = []
     int8 = swarm.serve(folder, "0:6", quantize="int8")

@@ -92,6 +92,7 @@ def roundings(output: Any) -> list[Rounding]:
     return [live.sending, *(place.rounding for place in live.places)]
 
 
+@pytest.mark.slow
 def test_every_link_is_rounded_as_asked_and_a_replay_is_the_same_again(
     swarm: Swarm, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
