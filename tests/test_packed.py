@@ -26,18 +26,27 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_packed_stage_computes_what_the_plain_one_does(family: str, tmp_path: Path) -> None:
+def test_a_packed_stage_computes_what_the_plain_one_does(
+    family: str, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_has_wide_registers", lambda: wide)
     save_random(tmp_path, CONFIGS[family])
     expected = run(load_stage(tmp_path, SPAN, dtype=torch.float32, packed=False))
     found = run(stage := load_stage(tmp_path, SPAN, dtype=torch.float32))
-    assert any(isinstance(module, FixedLinear) for module in stage.model.modules())
+    kernels = {type(module.kernel) for module in stage.model.modules() if isinstance(module, Product)}
+    assert kernels == ({Packed} if wide else {Packed, Transposed})
     assert float((found - expected).abs().max() / expected.abs().max()) < 3e-6
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kernel", [Packed, Transposed])
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
-def test_a_product_is_the_plain_one_to_rounding(kernel: type, rows: int) -> None:
+def test_a_product_is_the_plain_one_to_rounding(
+    kernel: type, rows: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_has_wide_registers", lambda: wide)
     weight, inputs = torch.randn(48, 130), torch.randn(rows, 130)
     found, expected = kernel(weight)(inputs), inputs.double() @ weight.double().T
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6

@@ -3,21 +3,23 @@
 A product of few rows is the time in which the matrix is read. torch's own linear layer has the library below it
 re-arrange the whole matrix before each product of several rows; here that is done once, and the matrix as it was is
 given back. The sums are the same, in another order. Measured for the matrices of SmolLM2-135M, with one thread on an
-EPYC with AVX-512, in microseconds of processor time for 1 and 8 rows:
+EPYC with AVX-512, in microseconds for 1, 4, 8 and 128 rows, the matrix not yet near the processor:
 
 | | `nn.Linear` | packed by oneDNN | transposed |
 | --- | --- | --- | --- |
-| float32, 3072 x 576 | 607, 955 | 564, 603 | 371, 771 |
-| float32, 960 x 576 | 186, 281 | 171, 181 | 135, 234 |
-| float32, 576 x 1536 | 216, 396 | 280, 300 | 294, 380 |
-| bfloat16, 3072 x 576 | 434, 568 | 277, 313 | 444, 564 |
-| bfloat16, 576 x 1536 | 184, 220 | 152, 161 | 222, 281 |
-| float32, 49152 x 576 | 10200, 20900 | 8800, 9400 | 5400, 13600 |
-| bfloat16, 49152 x 576 | 6700, 8700 | 4200, 4800 | 9800, 11800 |
+| float32, 3072 x 576 | 592, 790, 933, 5041 | 429, 348, 471, 4182 | 314, 634, 754, 4903 |
+| float32, 960 x 576 | 192, 235, 276, 1528 | 157, 125, 166, 1321 | 136, 182, 217, 1352 |
+| float32, 576 x 1536 | 232, 330, 391, 2398 | 231, 183, 246, 2094 | 274, 287, 339, 2187 |
+| bfloat16, 3072 x 576 | 409, 426, 501, 2410 | 162, 178, 238, 2177 | 391, 448, 492, 2463 |
+| bfloat16, 576 x 1536 | 174, 172, 206, 1145 | 98, 99, 130, 1065 | 197, 216, 249, 1220 |
+| float32, 49152 x 576 | 9517, 16239, 18411, 95483 | 6672, 5283, 7469, 66231 | 4943, 10572, 12792, 75648 |
+| bfloat16, 49152 x 576 | 6330, 6988, 7950, 38496 | 3537, 2920, 3949, 34372 | 9482, 10245, 11234, 41735 |
 
-So a float32 matrix with more outputs than inputs is kept transposed, and all others packed. With 128 rows either takes
-0.85 of `nn.Linear`'s time there; on an Intel, whose `nn.Linear` is as fast as any for many rows, oneDNN takes twice as
-long for what is transposed (25 ms against 11, 512 rows, 3072 x 576): so which multiplies that is measured.
+oneDNN reads a float32 matrix faster for four rows than for one, so with AVX-512 there are four at least (393, 131 and
+204 microseconds for one row), and all matrices of blocks are packed. Without, where a single row takes 1.3 times as
+long packed as transposed, a float32 matrix with more outputs than inputs is kept transposed; and so is a head, of which
+most products have one row. Several rows of what is transposed are multiplied by whoever is faster at it, which is
+measured: oneDNN on the EPYC, on an Intel by far torch's own (11 ms against 25; 512 rows, 3072 x 576).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from swarm.quantization.kernels import Kernel, Shared
 from swarm.quantization.layers import FixedLinear, Product, install, linears, matrix
@@ -36,6 +39,7 @@ from swarm.quantization.screening import Screened, Take, screens
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
+_FEWEST = 4  # rows of a float32 product, with wide registers
 SMALLEST = 1 << 16  # weights of a matrix: what is smaller stays near the processor, and the call takes most of the time
 
 
@@ -45,9 +49,14 @@ class Packed(Shared):
     def __init__(self, weight: torch.Tensor) -> None:
         self.nbytes, self.dtype = weight.nbytes, weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._least = _FEWEST if weight.dtype == torch.float32 and _has_wide_registers() else 1
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return _product(rows, self._packed)
+        count = len(rows)
+        if count >= self._least:
+            return _product(rows, self._packed)
+        filled = rows.expand(self._least, -1) if count == 1 else pad(rows, (0, 0, 0, self._least - count))
+        return _product(filled, self._packed)[:count]
 
 
 class Transposed(Shared):
@@ -66,6 +75,11 @@ class Transposed(Shared):
     def take(self, outputs: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, [len(outputs), K]."""
         return self._columns.index_select(1, outputs).T
+
+
+def _has_wide_registers() -> bool:
+    """Whether there is AVX-512."""
+    return bool(torch.cpu.get_capabilities().get("avx512_f", False))
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -118,7 +132,7 @@ def pack_head(model: PreTrainedModel) -> None:
         return
     bias: torch.Tensor | None = head.bias
     weight = head.weight.detach()
-    kernel = _kernel([Plain(weight)])
+    kernel: Kernel = Transposed(weight) if weight.dtype == torch.float32 else Packed(weight)
     if bias is None and (take := _rows_of(model, head, kernel)) is not None and screens(weight):
         kernel = Screened(kernel, weight, take)
     product = Product(kernel, [head.out_features], bias, torch.device("cpu"))
@@ -136,7 +150,8 @@ def _rows_of(model: PreTrainedModel, head: nn.Linear, kernel: Kernel) -> Take | 
 def _kernel(family: list[Plain]) -> Kernel:
     joined = torch.cat([each.weight for each in family]) if len(family) > 1 else family[0].weight.contiguous()
     rows, columns = joined.shape
-    return Transposed(joined) if joined.dtype == torch.float32 and rows > columns else Packed(joined)
+    transposed = joined.dtype == torch.float32 and rows > columns and not _has_wide_registers()
+    return Transposed(joined) if transposed else Packed(joined)
 
 
 def _gains(weight: torch.Tensor) -> bool:
