@@ -15,7 +15,7 @@ import torch
 
 from peer.executor import Executor
 from peer.rhythm import Rhythm
-from peer.scheduler import LONG_SECONDS, NORMAL, TURN_SECONDS, Budget, Scheduler, Slice, Work
+from peer.scheduler import LONG_SECONDS, LOW_SHARE, NORMAL, TURN_SECONDS, Budget, Scheduler, Slice, Work
 from peer.stage import SessionState, Stage, StepInput
 from swarm.errors import Busy, Internal
 
@@ -131,7 +131,8 @@ class Engine:
         now = self._clock()
         awaited = self._scheduler.has_decodes or self._rhythm.expects(now)
         self._budget = self._usual if awaited else self._long
-        turn = self._scheduler.turn(now, self._budget.tokens)
+        tokens = self._budget.tokens
+        turn = self._scheduler.turn(now, tokens, round(LOW_SHARE * tokens) if awaited else tokens)
         for work in turn.late:
             job: Job = work.what
             job.receiver.deliver(Slice(work, work.done, work.count), job.step, Busy("the step waited too long"))

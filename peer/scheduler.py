@@ -23,6 +23,7 @@ LOW_PATIENCE = 2.0  # the same, of low priority
 LOW, NORMAL = -1, 0  # priorities
 TURN_SECONDS = 0.1  # that a turn is to take at most
 LONG_SECONDS = 0.15  # the same, while nobody waits for a next token: fewer and larger pieces are less work
+LOW_SHARE = 0.3  # of a turn, at most, for long steps of low priority, while somebody waits for a next token
 FORGET = 64  # clients for each session that waits, before those who are done are forgotten
 FIRST_BUDGET = 64  # tokens, before anything was measured
 BUDGETS = 16, 4096  # tokens, at least and at most
@@ -162,16 +163,21 @@ class Scheduler:
         for work in self._queues.get(session, ()):
             work.priority = priority
 
-    def turn(self, now: float, budget: int) -> Turn:
-        """The next turn: of `budget` tokens, or of a single piece where the smallest is larger."""
+    def turn(self, now: float, budget: int, spare: int | None = None) -> Turn:
+        """The next turn: of `budget` tokens, or of a single piece where the smallest is larger.
+
+        No more than `spare` of them, if that is told, are of long steps of low priority.
+        """
         turn = Turn(late=self._late(now))
-        left = budget
+        left, spare = budget, budget if spare is None else spare
         for work in sorted((queue[0] for queue in self._queues.values()), key=lambda work: self._rank(work, now)):
             if turn.slices and (not self._together or work.group != turn.slices[0].work.group):
                 continue
-            if (count := _fitting(work, left, alone=not turn.slices)) > 0:
+            last = work.priority < NORMAL and not work.is_short
+            if (count := _fitting(work, min(left, spare) if last else left, alone=not turn.slices)) > 0:
                 turn.slices.append(Slice(work, work.done, work.done + count))
                 left -= work.rows * count
+                spare -= work.rows * count if last else 0
         for piece in turn.slices:
             self._take(piece, now)
         return turn

@@ -323,3 +323,17 @@ def test_a_prompt_goes_in_larger_pieces_while_nobody_waits_for_a_token(decoding:
     seconds = TURN_SECONDS if decoding else LONG_SECONDS
     largest = max(run_virtually(main()))
     assert largest == pytest.approx(1000 * (seconds - TURN), abs=2 * PIECE)
+
+
+def test_tokens_do_not_wait_for_whole_turns_of_what_nobody_waits_for() -> None:
+    async def main() -> list[float]:
+        world = World(LongStage())
+        await world.step("learns what a turn can do", 2000)
+        world.waits.clear()
+        low = asyncio.create_task(world.step("catches up", 1000, LOW))
+        await world.client(1, world.clock() + 1.0, 0.01, 0.0)
+        assert not low.done()
+        low.cancel()
+        return world.waits[1:]  # the first waits for a turn from before it came
+
+    assert max(run_virtually(main())) < 1.5 * TURN_SECONDS  # the rest of one such turn, and its own

@@ -82,6 +82,14 @@ def test_what_nobody_waits_for_goes_last_but_not_never() -> None:
     assert taken(waiting.turn(LOW_PATIENCE, 40).slices) == [(1, 0, 40)]
 
 
+def test_of_what_nobody_waits_for_no_more_goes_into_a_turn_than_can_be_spared() -> None:
+    waiting = scheduler(work(1, 100, priority=LOW), work(2, 100, priority=LOW), work(3), work(4, SHORT, priority=LOW))
+    assert taken(waiting.turn(0.0, 96, spare=32).slices) == [(3, 0, 1), (4, 0, SHORT), (1, 0, 32)]
+    waiting.add(work(5, 40))
+    assert taken(waiting.turn(0.0, 96, spare=PIECE).slices) == [(5, 0, 40), (1, 32, 48)]
+    assert taken(waiting.turn(0.0, 96, spare=0).slices) == [(1, 48, 64)]  # the turn would be empty otherwise
+
+
 def test_a_session_can_become_urgent_while_its_steps_wait() -> None:
     waiting = scheduler(work(1, 40, priority=LOW), work(1, priority=LOW), work(2, 40, arrived=0.1))
     waiting.prioritize(1, NORMAL)
