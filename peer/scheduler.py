@@ -3,8 +3,9 @@
 A turn takes what is ready of all sessions, up to a budget of tokens: first what has waited too long, then by priority;
 of the rest the short steps before the long ones, which are cut into pieces, and of two clients the one that was given
 less. So a decode is in the next turn (which may wait a little for others: `peer.rhythm`), a prompt advances with every
-turn that has room, and nothing waits for ever: whatever is `patience` old goes before everything younger. Cf. Agrawal
-et al. 2024, "Sarathi-Serve" (chunked prefills among decodes), and Demers et al. 1989, fair queuing by virtual time.
+turn that has room, what nobody waits for makes no turn long that a decode waits for, and nothing waits for ever:
+whatever is `patience` old goes before everything younger. Cf. Agrawal et al. 2024, "Sarathi-Serve" (chunked prefills
+among decodes), and Demers et al. 1989, fair queuing by virtual time.
 """
 
 from __future__ import annotations
