@@ -10,11 +10,11 @@ from hypothesis import given
 from rich.console import Console
 from test_routing import BLOCKS, offer, swarms
 
-from swarm.console.outlook import is_called
+from swarm.console.outlook import Outlook, is_called
 from swarm.console.status import WIDE, as_json, as_table, coverage, route_json, route_table
 from swarm.errors import NoRoute
 from swarm.routes.explanation import explain
-from swarm.routing import find_route
+from swarm.routing import View, find_route
 from swarm.types import ModelId, Offer, State
 
 MODEL = ModelId("ab" * 32)
@@ -30,6 +30,28 @@ def shown(offers: list[Offer], width: int) -> str:
     with console.capture() as capture:
         console.print(as_table(MODEL, offers, width >= WIDE))
     return capture.get()
+
+
+async def test_the_route_is_the_one_that_a_client_would_take_not_a_faster_one_that_is_less_exact() -> None:
+    class FakeBearings:
+        def read(self, offers: list[Offer]) -> None:
+            pass
+
+        def view(self) -> View:
+            return View()
+
+    class FakeNetwork:
+        bearings = FakeBearings()
+
+        async def take_bearings(self, offers: list[Offer], blocks: int) -> None:
+            pass
+
+    quick = dataclasses.replace(offer(1, 0, BLOCKS, speed=1000), quantize="int8")
+    outlook = Outlook(None, None)  # type: ignore[arg-type] # neither is asked
+    for offers, wanted in (([offer(0, 0, BLOCKS, speed=1), quick], "none"), ([quick], "int8")):
+        sight = await outlook._sight(FakeNetwork(), MODEL, offers)  # type: ignore[arg-type]
+        assert sight.route is not None
+        assert [choice.hop.quantize for choice in sight.route.choices] == [wanted]
 
 
 def test_json_is_what_a_program_needs() -> None:

@@ -10,9 +10,10 @@ from swarm.discovery import Discovery
 from swarm.errors import NoRoute
 from swarm.identity import Identity
 from swarm.routes.explanation import Explanation, explain
+from swarm.routes.precision import best
 from swarm.routing import find_route
 from swarm.transport import TcpTransport
-from swarm.types import ModelId, Offer
+from swarm.types import ModelId, Offer, Span
 
 if TYPE_CHECKING:
     from swarm.network import Network
@@ -59,11 +60,12 @@ class Outlook:
         if network is None:
             return Sight(model, offers)
         blocks = offers[0].num_blocks
+        usable = list(best(offers, Span(0, blocks)))  # by a client that is not told otherwise
         network.bearings.read(offers)
-        await network.take_bearings(offers, blocks)
+        await network.take_bearings(usable, blocks)
         view = network.bearings.view()
         try:
-            return Sight(model, offers, explain(find_route(offers, blocks, view=view), offers, view=view))
+            return Sight(model, offers, explain(find_route(usable, blocks, view=view), usable, view=view))
         except NoRoute as error:
             return Sight(model, offers, problem=str(error))
 
